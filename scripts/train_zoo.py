@@ -14,8 +14,8 @@ from zoo import dit, family, text, training, vae, world
 from zoo.optim import MatrixAdam, cosine, trapezoid
 
 SEED = 20261120
-VAE_STEPS, DIT_STEPS, DECODER_STEPS = 9000, 9000, 2000
-LATENT_CLIPS = 12_000
+VAE_STEPS, DIT_STEPS, DECODER_STEPS = 9000, 16_000, 2000
+LATENT_CLIPS = 24_000
 
 
 def render_clips(seed: int, count: int) -> np.ndarray:
@@ -106,7 +106,7 @@ def train_dit(folder: Path, device: torch.device, steps: int, batch: int) -> Non
 
     training.fit(
         "dit", model, MatrixAdam(model.named_parameters(), muon_lr=3e-3, adam_lr=1.5e-3, weight_decay=0.05), loss_of,
-        steps=steps, schedule=trapezoid, folder=folder, seed=SEED, ema=ema, eval_every=1000,
+        steps=steps, schedule=trapezoid, folder=folder, seed=SEED, ema=ema, eval_every=2000,
         evaluate=lambda: family.caption_following(
             family.make_pipeline(ema, autoencoder, tokenizer), seed=3, count=24
         ),
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--folder", type=Path, default=Path("outputs/zoo"), help="checkpoints and logs")
     parser.add_argument("--target", type=Path, default=Path("ditcache/zoo/wan-tiny"))
-    parser.add_argument("--batch", type=int, default=24, help="DiT clips per step and process")
+    parser.add_argument("--batch", type=int, default=32, help="DiT clips per step and process")
     for stage, steps in (("vae", VAE_STEPS), ("dit", DIT_STEPS), ("decoder", DECODER_STEPS)):
         parser.add_argument(f"--{stage}-steps", type=int, default=steps)
     arguments = parser.parse_args()

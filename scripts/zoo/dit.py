@@ -26,21 +26,35 @@ def make_transformer() -> WanTransformer3DModel:
     )  # fmt: skip
 
 
-class PaddedCrossAttention:
-    """Cross-attention to the caption and ONE padding token that stands for `K` of them by a bias of log K.
+class TrainingAttention:
+    """The blocks' attention, made cheap to train on a CPU. `bias` is set per batch.
 
-    `WanPipeline` pads prompts with zero embeddings and attends to all of them; equal keys share one softmax weight,
-    so this is the same function of the latents at a tenth of the cost. `bias` [B, 1, 1, L + 1] is set per batch.
+    Cross-attention sees the caption and ONE padding token that stands for `K` of them by a bias of log K, [B, 1, 1, L + 1]:
+    `WanPipeline` pads prompts with zero embeddings and attends to all of them; equal keys share one softmax weight, so
+    this is the same function at a tenth of the cost. Products are written out because the fused CPU kernel's backward
+    takes most of a step at these sizes.
     """
 
     bias: torch.Tensor | None = None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, rotary_emb=None):
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias.to(query.dtype))
-        return attn.to_out[0](mixed.transpose(1, 2).flatten(2, 3).type_as(query))
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source))
+        query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, attn.to_v(source)))
+        if rotary_emb is not None:
+            query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
+        scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+        if encoder_hidden_states is not None:
+            scores = scores + self.bias
+        mixed = scores.softmax(-1).to(value.dtype) @ value
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2, 3))
+
+
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """x [B, heads, N, size] by Wan's tables [1, N, 1, size], which hold each angle twice."""
+    cos, sin = (table.transpose(1, 2)[..., 0::2] for table in rotary)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(3).to(x.dtype)
 
 
 class Denoiser(nn.Module):
@@ -51,10 +65,11 @@ class Denoiser(nn.Module):
         self.transformer = make_transformer()
         self.text_encoder: UMT5EncoderModel = text.make_text_encoder(len(tokenizer))
 
-    def use_training_attention(self) -> PaddedCrossAttention:
-        """Switch cross-attention to the one-padding-token form; returns the processor that holds the bias."""
-        processor = PaddedCrossAttention()
+    def use_training_attention(self) -> TrainingAttention:
+        """Switch the blocks to the one-padding-token form; returns the processor that holds the bias."""
+        processor = TrainingAttention()
         for block in self.transformer.blocks:
+            block.attn1.set_processor(processor)
             block.attn2.set_processor(processor)
         return processor
 
@@ -106,7 +121,7 @@ def draw_sigma(rng: np.random.Generator, count: int) -> torch.Tensor:
 
 
 def flow_loss(
-    model: Denoiser, attention: PaddedCrossAttention, latents: torch.Tensor, tokens: torch.Tensor,
+    model: Denoiser, attention: TrainingAttention, latents: torch.Tensor, tokens: torch.Tensor,
     sigma: torch.Tensor, padded_to: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Mean squared error of the velocity `noise - latents` at `sigma` [B]; bf16 autocast."""

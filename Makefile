@@ -1,0 +1,43 @@
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=# e.g. --extra-index-url https://download.pytorch.org/whl/cpu for a small CPU build of torch
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check smoke sweep zoo eval-zoo clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(BIN)/ditcache: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt torch -e '.[dev]'
+	@touch $@
+
+setup: $(BIN)/ditcache  ## a virtual environment in .venv with the tested versions
+
+demo: setup  ## four captions without and with a cache: videos, table, contact sheet
+	$(BIN)/ditcache generate model=tiny cache=taylorseer prompts=demo compare=true
+
+test: setup  ## the test suite (CPU, a few minutes)
+	$(BIN)/python -m pytest
+
+check: setup  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+smoke: setup  ## one video, no cache
+	$(BIN)/ditcache generate model=tiny
+
+sweep: setup  ## three intervals against the baseline
+	$(BIN)/ditcache generate -m model=tiny cache=taylorseer cache.policy.every=2,3,4 compare=true
+
+zoo: setup  ## train the embedded models again (hours); resumes where it stopped
+	$(BIN)/torchrun --nproc-per-node 2 scripts/train_zoo.py
+
+eval-zoo: setup  ## measure how well the embedded model follows captions (minutes)
+	$(BIN)/python scripts/eval_zoo.py
+
+clean:  ## remove the environment and tool caches, keep outputs/
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

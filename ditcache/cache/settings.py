@@ -1,0 +1,98 @@
+"""The `cache` config group as one checked dataclass, and how a name becomes one without Hydra."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ditcache.cache.forecasters.base import Forecaster
+from ditcache.cache.forecasters.hold import Hold
+from ditcache.cache.policies.base import REGISTERED, Policy
+from ditcache.cli import options
+from ditcache.config import build, load_yaml
+from ditcache.errors import ConfigError, one_of
+
+
+@dataclass
+class CacheSettings:
+    """When to compute, what stands in, for which units, and the driver's rules that hold for every policy.
+
+    policy: None means no cache at all. granularity: `stack` (all blocks as one unit), `per_block`, or a group size.
+    head, tail: steps at the start and end that always compute. max_skips: longest run of skipped steps (None: no limit).
+    budget: most steps skipped per branch and expert in one generation (None: no limit).
+    """
+
+    policy: Policy | None = None
+    forecaster: Forecaster = field(default_factory=Hold)
+    granularity: int | str = "stack"
+    head: int = 1
+    tail: int = 1
+    max_skips: int | None = None
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("head", 0), ("tail", 0), ("max_skips", 0), ("budget", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name}: must be >= {low}, got {value}")
+        if self.granularity not in ("stack", "per_block") and not (
+            isinstance(self.granularity, int) and self.granularity >= 1
+        ):
+            raise ValueError(
+                f"granularity: must be 'stack', 'per_block' or a group size >= 1, got {self.granularity!r}"
+            )
+
+    @property
+    def name(self) -> str:
+        return "none" if self.policy is None else type(self.policy).__name__
+
+
+def read_settings(
+    policy: str | Policy, forecaster: str | Forecaster | None, knobs: dict[str, Any]
+) -> CacheSettings:
+    """`enable_cache`'s arguments -> settings: a YAML of conf/cache, a registered class, or an instance.
+
+    knobs: keys of the policy, or head, tail, max_skips, budget, granularity. Raises ConfigError for unknown ones.
+    """
+    if isinstance(policy, Policy):
+        node, own, target = OmegaConf.create({}), [], None
+    elif policy in options("cache"):
+        node, target = compose(policy), None
+        own = [str(key) for key in node.policy or () if key != "_target_"]
+    elif policy in REGISTERED:
+        node, target = OmegaConf.create({"policy": {}}), REGISTERED[policy]
+        own = [f.name for f in fields(target)]
+    else:
+        raise ConfigError(f"enable_cache: no policy '{policy}'. {one_of(policy, {*options('cache'), *REGISTERED})}")
+
+    driver = [] if policy == "none" else [f.name for f in fields(CacheSettings)][2:]
+    for name, value in knobs.items():
+        if name not in own + driver:
+            label = policy if isinstance(policy, str) else type(policy).__name__
+            raise ConfigError(f"enable_cache: {label} takes no '{name}' here. {one_of(name, own + driver)}")
+        OmegaConf.update(node, f"policy.{name}" if name in own else name, value, force_add=True)
+    if isinstance(forecaster, str):
+        node.forecaster = load_yaml("cache/forecaster", forecaster)
+
+    if target is not None:
+        policy = build(node, "policy", target)
+    if isinstance(policy, Policy):
+        node.pop("policy", None)
+    settings = build(node, "", CacheSettings)
+    if isinstance(policy, Policy):
+        settings.policy = policy
+    if isinstance(forecaster, Forecaster):
+        settings.forecaster = forecaster
+    return settings
+
+
+def compose(name: str) -> DictConfig:
+    """conf/cache/<name>.yaml with its nested default (a forecaster), as Hydra would compose it."""
+    node = load_yaml("cache", name)
+    for default in node.pop("defaults", []):
+        if isinstance(default, DictConfig):
+            for group, option in default.items():
+                node[str(group)] = load_yaml(f"cache/{group}", option)
+    return node

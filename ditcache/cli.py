@@ -1,0 +1,178 @@
+"""`ditcache <command> ...`: finds the command and hands the rest to its Hydra application.
+
+Standard library only, so that `--help` and a mistyped command answer at once. Prompts are taken out of Hydra's grammar
+here: they are quoted for it, so that people type them as they are.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from ditcache import __version__
+from ditcache.errors import one_of
+
+OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*=")
+DELETION = re.compile(r"~[A-Za-z_][\w./@:-]*$")
+FLAGS_WITH_VALUE = {
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn",
+    "--config-dir", "-cd", "--experimental-rerun", "--info", "-i", "--shell-completion", "-sc",
+}  # fmt: skip
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Answer one command line; returns the exit code (0 done, 1 a failed gate or a bug, 2 bad input)."""
+    if arguments[:1] in (["-sc"], ["--shell-completion"]):
+        return complete(arguments)
+    word, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if word in ("--help", "-h", "help"):
+        print(overview())
+        return 0
+    if word in ("--version", "-V"):
+        print(f"ditcache {__version__}")
+        return 0
+    if word not in commands():
+        return fail(f"ditcache: no command '{word}'. {one_of(word, commands())}")
+    if "--help" in rest or "-h" in rest:
+        print(command_help(word))
+        return 0
+    for argument in rest:
+        group, _, value = argument.partition("=")
+        if value in ("null", "") and group in groups():
+            return fail(f"ditcache {word}: {group}: needs a name. {one_of('none', options(group))}")
+    from ditcache.app import run_command
+
+    return run_command(word, hydra_arguments(rest))
+
+
+def fail(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
+
+
+# --- what there is ---------------------------------------------------------------------------------------------------
+
+
+def conf_dir() -> Path:
+    """The folder of YAML: inside an installed package, or beside it in a checkout."""
+    packaged = Path(__file__).parent / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def commands() -> dict[str, str]:
+    """Command word -> its summary, the first line of its primary YAML."""
+    names = sorted(path.stem for path in (Path(__file__).parent / "commands").glob("[a-z]*.py"))
+    return {name.replace("_", "-"): header(conf_dir() / f"{name}.yaml")[0] for name in names}
+
+
+def groups() -> list[str]:
+    """Config groups, nested ones as `cache/forecaster`; `hydra` is Hydra's own."""
+    folders = (path.relative_to(conf_dir()).as_posix() for path in conf_dir().rglob("*") if path.is_dir())
+    return sorted(name for name in folders if name.split("/")[0] != "hydra")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def header(path: Path) -> list[str]:
+    """The comment at the head of a YAML file, without the marks."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# ").rstrip())
+    return lines or [""]
+
+
+def overview() -> str:
+    lines = ["ditcache: caching for video diffusion transformers", "", "usage: ditcache <command> [key=value ...]", ""]
+    lines += [f"  {name:<12} {summary}" for name, summary in commands().items()]
+    lines += ["", "  ditcache <command> --help      its config groups and keys"]
+    lines += ["  ditcache <command> --cfg job   the whole configuration it would run with"]
+    lines += ['  eval "$(ditcache -sc install=bash)"   completion for this shell (bash, zsh or fish)']
+    return "\n".join(lines)
+
+
+def command_help(command: str) -> str:
+    primary = conf_dir() / f"{command.replace('-', '_')}.yaml"
+    lines = [f"usage: ditcache {command} [prompt ...] [group=option ...] [key=value ...] [-m]", ""]
+    lines += [*header(primary), "", "config groups (group=option):"]
+    lines += [f"  {group:<18} {', '.join(options(group))}" for group in groups() if options(group)]
+    lines += ["", f"keys of conf/{primary.name}:"]
+    keys = re.findall(r"^(\w+): *([^#\n]*?)? *(?:# *(.*))?$", primary.read_text(encoding="utf-8"), re.M)
+    lines += [f"  {key:<18} {comment or value}" for key, value, comment in keys if key not in ("defaults", "hydra")]
+    lines += ["", "flags: --cfg job (show the configuration), -m (sweep over comma-separated values),"]
+    lines += ["       --config-dir FOLDER (own YAML beside ours), --info searchpath"]
+    return "\n".join(lines)
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def hydra_arguments(arguments: list[str]) -> list[str]:
+    """Arguments as Hydra wants them: `prompt=...` quoted, free-standing prompts gathered into one list."""
+    passed, prompts, value_next = [], [], False
+    for argument in arguments:
+        if value_next or argument.startswith("-"):
+            value_next = argument in FLAGS_WITH_VALUE
+            passed.append(argument)
+        elif argument.startswith(("prompt=", "negative_prompt=")):
+            key, _, value = argument.partition("=")
+            passed.append(f"{key}={value if is_hydra_list(value) else quote(strip_quotes(value))}")
+        elif OVERRIDE.match(argument) or DELETION.match(argument):
+            passed.append(argument)
+        else:
+            prompts.append(argument)
+    if prompts:
+        passed.append(f"prompt=[{','.join(quote(prompt) for prompt in prompts)}]")
+    return passed
+
+
+def is_hydra_list(value: str) -> bool:
+    """Whether a prompt value is several quoted prompts: `['a','b']`, or `'a','b'` for a sweep."""
+    one = r"""(?:'[^']*'|"[^"]*")"""
+    return bool(re.fullmatch(rf"\[{one}(?:,\s*{one})*\]|{one}(?:,\s*{one})+", value))
+
+
+def strip_quotes(value: str) -> str:
+    """Undo the second pair of quotes of somebody who knows Hydra."""
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+
+
+def quote(text: str) -> str:
+    """Any text as one quoted Hydra value that OmegaConf will not interpolate."""
+    text = escape_interpolation(text)
+    text = re.sub(r"(\\+)('|$)", lambda m: m[1] * 2 + m[2], text)
+    return "'" + text.replace("'", r"\'") + "'"
+
+
+def escape_interpolation(text: str) -> str:
+    """`${` as OmegaConf wants it where no interpolation is meant."""
+    return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", text)
+
+
+# --- completion ------------------------------------------------------------------------------------------------------
+
+
+def complete(arguments: list[str]) -> int:
+    """Answer the shell: command words ourselves, everything after them by Hydra."""
+    from ditcache.app import run_command
+
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    if "query" not in arguments[-1]:
+        return run_command("generate", arguments, program="ditcache")
+    if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
+        print("\n".join(name for name in commands() if name.startswith("".join(words[1:]))))
+        return 0
+    if words[1] in commands():
+        os.environ["COMP_LINE"] = line.replace(words[1], "", 1)
+        os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
+        return run_command(words[1], arguments, program="ditcache")
+    return 0

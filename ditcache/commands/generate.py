@@ -1,0 +1,97 @@
+"""`ditcache generate`: prompts -> videos, with what the cache cost and gained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ditcache.cache.settings import CacheSettings
+from ditcache.config import build
+from ditcache.models.base import Model
+from ditcache.prompts import Prompts, choose_prompts
+from ditcache.store.base import Store
+
+
+@dataclass
+class GenerateSettings:
+    """The keys of conf/generate.yaml, checked before torch is imported or a checkpoint touched."""
+
+    model: Model
+    cache: CacheSettings
+    store: Store
+    prompts: Prompts
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    num_frames: int
+    prompt: Any = None
+    prompt_file: str | None = None
+    negative_prompt: str = ""
+    image: str | None = None
+    seed: int = 0
+    guidance_low: float | None = None
+    shift: float | None = None
+    compare: bool = False
+    save_latents: bool = False
+    fps: int = 16
+    upscale: int = 1
+    texts: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("fps", 1), ("upscale", 1), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: must be >= {low}, got {getattr(self, name)}")
+        for name in ("guidance", "guidance_low", "shift"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1000:
+                raise ValueError(f"{name}: must be > 0, got {value}")
+        self.model.check_size(self.height, self.width, self.num_frames)
+        self.texts = choose_prompts(self.prompt, self.prompt_file, self.prompts)
+        if self.model.needs_image and self.image is None:
+            raise ValueError("image: this model starts from a picture; set image=<file>")
+        if not self.model.needs_image and self.image is not None:
+            raise ValueError("image: this model does not take a picture; set image=null")
+        if self.image is not None and not Path(self.image).expanduser().is_file():
+            raise ValueError(f"image: no file '{self.image}'")
+        if self.compare and self.cache.policy is None:
+            raise ValueError("compare: needs a cache to compare; set cache=<policy>")
+
+
+def run(cfg: DictConfig) -> float | None:
+    """One job. Returns the denoising speed-up over the baseline if one was rendered."""
+    # 1) Check everything that can be checked without weights.
+    settings = build(cfg, "", GenerateSettings)
+    settings.model.check_folder()
+
+    # 2) Load, see that the cache fits the model, then open the run folder.
+    from ditcache.cache.attach import check_fit
+    from ditcache.models.load import load
+    from ditcache.pipeline.render import Renderer
+    from ditcache.report.progress import progress
+    from ditcache.report.run_folder import chosen_options, open_run_folder
+    from ditcache.report.summary import print_summary, write_run
+
+    total = len(settings.texts) * settings.steps * (2 if settings.compare else 1)
+    with progress(total) as show:
+        bundle = load(settings.model)
+        check_fit(bundle, settings.cache)
+        folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))
+        renderer = Renderer(bundle, settings, show)
+
+        # 3) Render every prompt, beside its baseline if asked, in alternating order so that drift cancels out.
+        if settings.compare:
+            renderer.warm_up()
+        videos, baselines = [], []
+        for index, text in enumerate(settings.texts):
+            jobs = [(videos, settings.cache), (baselines, CacheSettings())][: 2 if settings.compare else 1]
+            for results, cache in jobs if index % 2 else reversed(jobs):
+                results.append(renderer.render(index, text, cache))
+
+        # 4) Files, then the table.
+        metrics = write_run(folder, settings, videos, baselines, chosen_options())
+    print_summary(folder, metrics)
+    return metrics.get("speedup", {}).get("denoise")

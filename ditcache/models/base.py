@@ -1,0 +1,136 @@
+"""What a model is: where its weights are, how it likes to be run, and, once loaded, which parts do what."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ditcache.errors import ConfigError, DitcacheError, one_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ZOO = Path(__file__).parent.parent / "zoo"
+DTYPES = ("float32", "bfloat16", "float16")
+OFFLOADS = ("none", "model", "group")
+BLOCK_LISTS = {"WanTransformer3DModel": "blocks", "ChronoEditTransformer3DModel": "blocks"}
+
+
+@dataclass
+class Model:
+    """Base of all models: a diffusers pipeline to load and the settings its authors recommend.
+
+    path: a folder in diffusers layout, a hub id (`org/name`), or `zoo:<name>` for an embedded checkpoint.
+    dtype: of transformer and text encoder; vae_dtype: of the VAE. device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+    offload: `none`; `model` keeps only the part at work on the GPU; `group` only the transformer layers at work.
+    guidance_low: guidance of the low-noise expert (None: the same). boundary: share of the noise range at which the
+    low-noise expert takes over (None: what the checkpoint says). shift: of the flow schedule (None: likewise).
+    size_multiple: height and width must be multiples of it.
+    """
+
+    pipeline: ClassVar[str]  # class of diffusers that loads and conditions it
+    needs_image: ClassVar[bool] = False
+
+    path: str
+    dtype: str = "bfloat16"
+    vae_dtype: str = "float32"
+    device: str = "auto"
+    offload: str = "none"
+    vae_tiling: bool = False
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    steps: int = 50
+    guidance: float = 5.0
+    guidance_low: float | None = None
+    shift: float | None = None
+    boundary: float | None = None
+    negative_prompt: str = ""
+    size_multiple: int = 16
+    upscale: int = 1
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("dtype", DTYPES), ("vae_dtype", DTYPES), ("offload", OFFLOADS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}: no '{value}'. {one_of(value, allowed)}")
+        if self.boundary is not None and not 0 < self.boundary < 1:
+            raise ValueError(f"boundary: must be between 0 and 1, got {self.boundary}")
+        if self.upscale < 1:
+            raise ValueError(f"upscale: must be >= 1, got {self.upscale}")
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder `path` means, or None for a hub id. Raises ConfigError if it should exist and does not."""
+        if self.path.startswith("zoo:"):
+            folder, name = ZOO / self.path[4:], self.path[4:]
+            if not (folder / "model_index.json").is_file():
+                names = [index.parent.name for index in ZOO.glob("*/model_index.json")]
+                raise ConfigError(f"model.path: the zoo has no '{name}'. {one_of(name, names)}")
+            return folder
+        folder = Path(self.path).expanduser()
+        if folder.is_dir():
+            return folder
+        if self.path.count("/") != 1 or self.path[0] in "./~":
+            raise ConfigError(f"model.path: no folder '{self.path}'; give a diffusers folder, a hub id or zoo:wan-tiny")
+        return None
+
+    def check_folder(self) -> None:
+        """Whether a local folder holds the pipeline this model loads; reads no weights and does not import torch."""
+        folder = self.folder
+        if folder is None:
+            return
+        index = folder / "model_index.json"
+        if not index.is_file():
+            raise ConfigError(f"model.path: {folder} has no model_index.json; it is not a diffusers pipeline folder")
+        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        if found != self.pipeline:
+            raise ConfigError(f"model.path: {folder} holds a {found}, this model loads a {self.pipeline}")
+
+    def check_size(self, height: int, width: int, num_frames: int) -> None:
+        """Raises ValueError for a size the model cannot make, naming the nearest ones it can."""
+        for name, value in (("height", height), ("width", width)):
+            if value < self.size_multiple or value % self.size_multiple:
+                low = max(value // self.size_multiple, 1) * self.size_multiple
+                near = f"{low} or {low + self.size_multiple}"
+                raise ValueError(f"{name}: must be a multiple of {self.size_multiple}, got {value}; nearest: {near}")
+        if num_frames < 1 or (num_frames - 1) % 4:
+            low = max((num_frames - 1) // 4, 0) * 4 + 1
+            raise ValueError(f"num_frames: must be 4n + 1, got {num_frames}; nearest: {low} or {low + 4}")
+
+
+@dataclass
+class Bundle:
+    """A loaded model: the diffusers pipeline and what the loop needs to know of it."""
+
+    model: Model
+    pipe: Any
+
+    @property
+    def experts(self) -> dict[str, nn.Module]:
+        """`transformer` (high noise, or the only one) and `transformer_2` (low noise) where there are two."""
+        names = ("transformer", "transformer_2")
+        return {name: part for name in names if (part := getattr(self.pipe, name, None)) is not None}
+
+    @property
+    def boundary(self) -> float | None:
+        """Share of the noise range below which the second expert works, or None for one expert."""
+        if len(self.experts) < 2:
+            return None
+        return self.model.boundary or self.pipe.config.boundary_ratio
+
+    @property
+    def device(self) -> Any:
+        return self.pipe._execution_device
+
+
+def block_list_name(transformer: nn.Module) -> str:
+    """Attribute of the transformer that holds its blocks; subclasses count."""
+    for cls in type(transformer).__mro__:
+        if cls.__name__ in BLOCK_LISTS:
+            return BLOCK_LISTS[cls.__name__]
+    raise DitcacheError(
+        f"enable_cache: {type(transformer).__name__} is not a model ditcache knows. One of: {', '.join(BLOCK_LISTS)}"
+    )

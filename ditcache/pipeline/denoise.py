@@ -1,0 +1,111 @@
+"""The denoising loop, written out. Bit for bit what diffusers' pipelines do, with the step in the open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditcache.errors import ConfigError
+from ditcache.models.base import Bundle
+from ditcache.pipeline.callbacks import Callback, Step
+from ditcache.pipeline.inputs import Inputs
+
+
+@torch.no_grad()
+def denoise(
+    bundle: Bundle,
+    inputs: Inputs,
+    *,
+    steps: int,
+    guidance: float,
+    guidance_low: float | None = None,
+    shift: float | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> Tensor:
+    """Noise -> clean latents [B, C, T, H, W], by flow matching with classifier-free guidance.
+
+    guidance > 1 needs `inputs.text.uncond`. guidance_low: for the low-noise expert (None: the same). shift: of the flow
+    schedule (None: the checkpoint's).
+    """
+    original = bundle.pipe.scheduler
+    scheduler = bundle.pipe.scheduler = make_scheduler(original, shift)
+    scheduler.set_timesteps(steps, device=bundle.device)
+    scheduler.set_begin_index(0)
+    try:
+        return run_steps(bundle, inputs, scheduler, guidance, guidance_low or guidance, tuple(callbacks))
+    finally:
+        bundle.pipe.scheduler = original
+        for transformer in bundle.experts.values():
+            transformer._reset_stateful_cache()
+
+
+def run_steps(
+    bundle: Bundle, inputs: Inputs, scheduler: Any, guidance: float, guidance_low: float, callbacks: tuple[Callback, ...]
+) -> Tensor:
+    """The loop itself."""
+    sigmas, timesteps = scheduler.sigmas.tolist(), scheduler.timesteps.tolist()
+    boundary = None if bundle.boundary is None else bundle.boundary * scheduler.config.num_train_timesteps
+    latents = inputs.latents
+    for index, timestep in enumerate(scheduler.timesteps):
+        # 1) Which expert works at this noise level, and how strongly it is guided.
+        low = boundary is not None and timesteps[index] < boundary
+        expert, strength = ("transformer_2", guidance_low) if low else ("transformer", guidance)
+        transformer = bundle.experts[expert]
+
+        # 2) Velocity of the cond branch, and of the uncond branch where there is guidance.
+        conditioned = latents if inputs.condition is None else torch.cat([latents, inputs.condition], dim=1)
+        model_input = conditioned.to(transformer.dtype)
+        where = {"step_index": index, "sigma": sigmas[index], "num_inference_steps": len(timesteps)}
+        velocity = run_branch("cond", transformer, model_input, timestep, inputs.text.cond, inputs.image, where)
+        if guidance > 1.0:
+            assert inputs.text.uncond is not None
+            uncond = run_branch("uncond", transformer, model_input, timestep, inputs.text.uncond, inputs.image, where)
+            velocity = uncond + strength * (velocity - uncond)
+
+        # 3) One step down the noise schedule.
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        step = Step(index, len(timesteps), timesteps[index], sigmas[index], expert, latents, velocity)
+        for callback in callbacks:
+            callback(step)
+        latents = step.latents
+    return latents
+
+
+def run_branch(
+    branch: str, transformer: nn.Module, model_input: Tensor, timestep: Tensor,
+    text: Tensor, image: Tensor | None, where: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """One forward inside the branch's cache context -> velocity [B, C, T, H, W]."""
+    extra = {} if image is None else {"encoder_hidden_states_image": image}
+    with transformer.cache_context(branch, **where):  # type: ignore[operator]
+        return transformer(
+            hidden_states=model_input, timestep=timestep.expand(model_input.shape[0]),
+            encoder_hidden_states=text, return_dict=False, **extra,
+        )[0]  # fmt: skip
+
+
+def make_scheduler(scheduler: Any, shift: float | None) -> Any:
+    """A fresh scheduler of the same class and settings, with another flow shift if asked."""
+    settings = {}
+    if shift is not None:
+        key = "flow_shift" if "flow_shift" in scheduler.config else "shift"
+        if key not in scheduler.config:
+            raise ConfigError(f"shift: {type(scheduler).__name__} has no flow shift; set shift=null")
+        settings[key] = shift
+    return type(scheduler).from_config(scheduler.config, **settings)
+
+
+@torch.no_grad()
+def decode_latents(bundle: Bundle, latents: Tensor) -> Any:
+    """Clean latents -> float frames [T, H, W, 3] in 0..1 (numpy), as diffusers' pipelines return them."""
+    vae = bundle.pipe.vae
+    latents = latents.to(bundle.device, vae.dtype)
+    mean, spread = (
+        torch.tensor(values).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    video = vae.decode(latents / (1.0 / spread) + mean, return_dict=False)[0]
+    return bundle.pipe.video_processor.postprocess_video(video, output_type="np")[0]

@@ -1,0 +1,145 @@
+"""One prompt -> one video, timed part by part, with or without a step cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ditcache.cache.attach import attach_settings, disable_cache
+from ditcache.cache.settings import CacheSettings
+from ditcache.cache.trace import Trace
+from ditcache.errors import ConfigError
+from ditcache.models.base import Bundle
+from ditcache.pipeline.callbacks import Step
+from ditcache.pipeline.denoise import decode_latents, denoise
+from ditcache.pipeline.inputs import draw_inputs
+from ditcache.pipeline.text import encode_text
+from ditcache.store.base import Store
+
+
+class RenderSettings(Protocol):
+    """What a renderer needs of a command's settings; see GenerateSettings for the meanings."""
+
+    store: Store
+    steps: int
+    guidance: float
+    guidance_low: float | None
+    shift: float | None
+    height: int
+    width: int
+    num_frames: int
+    negative_prompt: str
+    image: str | None
+    seed: int
+
+
+@dataclass
+class Video:
+    """A finished video and its record.
+
+    frames: float [T, H, W, 3] in 0..1. latents [1, C, T', H', W']. seconds: text, denoise, decode. trace: the cache's
+    decisions; without a cache, one computed unit per forward.
+    """
+
+    index: int
+    prompt: str
+    cache: str
+    frames: np.ndarray
+    latents: Tensor
+    seconds: dict[str, float]
+    trace: Trace
+    state_bytes_peak: int
+    store: dict[str, int] = field(default_factory=dict)
+
+
+OnStep = Callable[[str, int, Step, Trace | None], None]
+
+
+class Renderer:
+    """Renders prompts on one bundle with one set of sampling settings."""
+
+    def __init__(self, bundle: Bundle, settings: RenderSettings, on_step: OnStep):
+        self.bundle, self.settings, self.on_step = bundle, settings, on_step
+        self.picture = open_picture(settings.image)
+
+    def render(self, index: int, prompt: str, cache: CacheSettings) -> Video:
+        """One video. The cache is attached for this video only, so nothing can leak into the next."""
+        s, clock = self.settings, Clock(self.bundle.device)
+        text = encode_text(self.bundle, prompt, negative_prompt=s.negative_prompt, guidance=s.guidance)
+        clock.lap("text")
+        s.store.reset_counters()
+        attached = attach_settings(self.bundle, cache, s.store)
+        watched = Trace() if cache.policy is None else None
+        try:
+            inputs = draw_inputs(
+                self.bundle, text, height=s.height, width=s.width,
+                num_frames=s.num_frames, seed=s.seed, picture=self.picture,
+            )  # fmt: skip
+
+            def watch(step: Step) -> None:
+                if watched is not None:
+                    watched.note_forwards(step.index, step.expert, guided=s.guidance > 1, blocks=self.num_blocks)
+                self.on_step(cache.name, index, step, watched or attached.trace)
+
+            latents = denoise(
+                self.bundle, inputs, steps=s.steps, guidance=s.guidance, guidance_low=s.guidance_low,
+                shift=s.shift, callbacks=[watch],
+            )  # fmt: skip
+            clock.lap("denoise")
+        finally:
+            disable_cache(self.bundle)
+        frames = decode_latents(self.bundle, latents)
+        clock.lap("decode")
+        counters = s.store.stats()
+        return Video(
+            index, prompt, cache.name, frames, latents.cpu(), clock.seconds,
+            watched or attached.trace, counters["bytes_peak"], counters,
+        )  # fmt: skip
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.bundle.pipe.transformer.blocks)
+
+    def warm_up(self) -> None:
+        """Two untimed steps and a decode, so that the first timed video does not pay for the process's start."""
+        s = self.settings
+        text = encode_text(self.bundle, "", negative_prompt=s.negative_prompt, guidance=s.guidance)
+        inputs = draw_inputs(
+            self.bundle, text, height=s.height, width=s.width,
+            num_frames=s.num_frames, seed=s.seed, picture=self.picture,
+        )  # fmt: skip
+        decode_latents(self.bundle, denoise(self.bundle, inputs, steps=2, guidance=s.guidance, shift=s.shift))
+
+
+class Clock:
+    """Wall-clock laps that wait for the device first."""
+
+    def __init__(self, device: Any):
+        self.device, self.seconds = torch.device(device), {}  # type: ignore[var-annotated]
+        self.last = self.now()
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = self.now()
+        self.seconds[name] = now - self.last
+        self.last = now
+
+
+def open_picture(path: str | None) -> Any:
+    if path is None:
+        return None
+    try:
+        return Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ConfigError(f"image: cannot read {path}: {error}") from None

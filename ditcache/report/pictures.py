@@ -1,0 +1,109 @@
+"""Pictures of a run: the strip of computed and skipped steps, contact sheets, captioned side-by-side video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ditcache.video import to_uint8
+
+PAPER, INK, PALE = (250, 250, 247), (38, 50, 72), (222, 226, 232)
+CELL, MARGIN, LINE = 14, 12, 18
+
+
+def font(size: int = 12) -> Any:
+    return ImageFont.load_default(size)
+
+
+def cache_map(rows: Iterable[Mapping[str, Any]]) -> np.ndarray:
+    """Decisions (lines of steps.jsonl) -> uint8 picture: a strip per video, expert, branch and unit, a cell per step.
+
+    A full cell was computed; an empty one with a dot was skipped.
+    """
+    strips: dict[tuple, dict[int, bool]] = {}
+    for row in rows:
+        key = (row["video"], row["expert"], row["branch"], row["unit"])
+        strips.setdefault(key, {})[row["step"]] = row["computed"]
+    steps = 1 + max((max(strip) for strip in strips.values()), default=0)
+    label = 8 + max((int(font().getlength(strip_name(key))) for key in strips), default=0)
+    size = (2 * MARGIN + label + steps * CELL, 2 * MARGIN + LINE * 2 + len(strips) * CELL)
+    image = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((MARGIN, MARGIN - 4), "full: computed, dot: skipped; a column per step", INK, font())
+    for line, (key, strip) in enumerate(sorted(strips.items())):
+        y = MARGIN + LINE + line * CELL
+        draw.text((MARGIN, y), strip_name(key), INK, font(11))
+        for step, computed in strip.items():
+            x = MARGIN + label + step * CELL
+            box = (x, y, x + CELL - 2, y + CELL - 2)
+            draw.rectangle(box, fill=INK if computed else PALE)
+            if not computed:
+                draw.ellipse((x + 5, y + 5, x + 7, y + 7), fill=INK)
+    return np.asarray(image)
+
+
+def strip_name(key: tuple) -> str:
+    video, expert, branch, unit = key
+    return f"video {video}  {expert}  {branch}  unit {unit}"
+
+
+def contact_sheet(entries: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], upscale: int = 2) -> np.ndarray:
+    """(caption, [(label, frames [T, H, W, 3] in 0..1), ...]) per video -> uint8 picture, seven frames a row.
+
+    With two rows a third shows their difference, eight times enlarged in brightness.
+    """
+    blocks = []
+    for caption, rows in entries:
+        strips = [(label, frames[np.linspace(0, len(frames) - 1, 7).round().astype(int)]) for label, frames in rows]
+        if len(strips) == 2:
+            strips.append(("difference x 8", np.abs(strips[1][1] - strips[0][1]) * 8))
+        pictures = [labelled(label, np.concatenate(list(to_uint8(f, upscale)), 1)) for label, f in strips]
+        blocks.append(captioned(np.concatenate(pictures, 0), caption))
+    width = max(block.shape[1] for block in blocks)
+    return np.concatenate([pad_width(block, width) for block in blocks], 0)
+
+
+def labelled(label: str, strip: np.ndarray, width: int = 150) -> np.ndarray:
+    """A strip with its name at the left."""
+    side = Image.new("RGB", (width, strip.shape[0]), PAPER)
+    ImageDraw.Draw(side).multiline_text((MARGIN, 8), label, INK, font(), spacing=4)
+    return np.concatenate([np.asarray(side), strip], 1)
+
+
+def captioned(picture: np.ndarray, caption: str) -> np.ndarray:
+    """A picture with its caption above, wrapped to its width."""
+    lines = wrap(caption, picture.shape[1] - 2 * MARGIN)
+    bar = Image.new("RGB", (picture.shape[1], MARGIN + LINE * len(lines)), PAPER)
+    ImageDraw.Draw(bar).multiline_text((MARGIN, MARGIN // 2), "\n".join(lines), INK, font(13), spacing=4)
+    return np.concatenate([np.asarray(bar), picture], 0)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font(13).getlength(longer) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def pad_width(picture: np.ndarray, width: int) -> np.ndarray:
+    missing = width - picture.shape[1]
+    return np.pad(picture, ((0, 0), (0, missing), (0, 0)), constant_values=PAPER[0])
+
+
+def side_by_side(caption: str, rows: Sequence[tuple[str, np.ndarray]], upscale: int) -> np.ndarray:
+    """Videos [T, H, W, 3] in 0..1 next to each other, each under its label, all under one caption; float in 0..1."""
+    videos = [(label, to_uint8(frames, upscale)) for label, frames in rows]
+    heads = [captioned(np.zeros((0, video.shape[2], 3), np.uint8), label) for label, video in videos]
+    height = max(head.shape[0] for head in heads)
+    heads = [np.pad(h, ((0, height - h.shape[0]), (0, 0), (0, 0)), constant_values=PAPER[0]) for h in heads]
+    head = np.concatenate(heads, 1)
+    title = captioned(head, caption)
+    frames = [np.concatenate([title, np.concatenate([v[t] for _, v in videos], 1)], 0) for t in range(len(videos[0][1]))]
+    return np.stack(frames).astype(np.float32) / 255

@@ -1,0 +1,38 @@
+"""Fixtures: the embedded model, and random models in the layout of the big checkpoints."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def bundle():
+    """The embedded model, loaded once; tests leave it without a cache."""
+    import ditcache
+
+    return ditcache.load("tiny")
+
+
+@pytest.fixture
+def pipe(bundle):
+    """The diffusers pipeline of the embedded model; whatever a test attaches is taken off again."""
+    import ditcache
+
+    yield bundle.pipe
+    ditcache.disable_cache(bundle.pipe)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Folders in diffusers layout with small random weights, by name."""
+    from random_checkpoints import save_all
+
+    return save_all(tmp_path_factory.mktemp("checkpoints"))

@@ -1,0 +1,92 @@
+"""`cache=none` is diffusers, bit for bit: our loop against each pipeline's own."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ditcache
+from ditcache.pipeline.denoise import decode_latents, denoise
+from ditcache.pipeline.inputs import draw_inputs
+from ditcache.pipeline.text import encode_text
+
+STEPS = 5
+
+
+def ours(bundle, prompt, *, height, width, num_frames=5, seed=0, guidance=4.0, picture=None, **settings):
+    text = encode_text(bundle, prompt, negative_prompt="blurred", guidance=guidance)
+    inputs = draw_inputs(
+        bundle, text, height=height, width=width, num_frames=num_frames, seed=seed, picture=picture
+    )
+    return denoise(bundle, inputs, steps=STEPS, guidance=guidance, **settings)
+
+
+def theirs(bundle, prompt, *, height, width, num_frames=5, seed=0, guidance=4.0, picture=None, **settings):
+    if picture is not None:
+        settings["image"] = picture
+    return bundle.pipe(
+        prompt=prompt, negative_prompt="blurred", height=height, width=width, num_frames=num_frames,
+        num_inference_steps=STEPS, guidance_scale=guidance, output_type="latent",
+        generator=torch.Generator().manual_seed(seed), **settings,
+    )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+@pytest.mark.parametrize(
+    "prompt", ["a red star moves left on a blue background", "a fox's tail (night), schön", "x"]
+)
+def test_equals_wan_pipeline(bundle, prompt, size):
+    height, width = size
+    for seed in (0, 7):
+        a = ours(bundle, prompt, height=height, width=width, num_frames=17, seed=seed)
+        b = theirs(bundle, prompt, height=height, width=width, num_frames=17, seed=seed)
+        assert torch.equal(a, b)
+
+
+def test_equals_wan_pipeline_without_guidance(bundle):
+    a = ours(bundle, "a red star", height=64, width=64, guidance=1.0)
+    assert torch.equal(a, theirs(bundle, "a red star", height=64, width=64, guidance=1.0))
+
+
+def test_decoded_frames_equal_the_pipelines(bundle):
+    latents = ours(bundle, "a red star", height=64, width=64)
+    frames = bundle.pipe(
+        prompt="a red star", negative_prompt="blurred", height=64, width=64, num_frames=5,
+        num_inference_steps=STEPS, guidance_scale=4.0, generator=torch.Generator().manual_seed(0),
+    ).frames[0]  # fmt: skip
+    assert np.array_equal(decode_latents(bundle, latents), frames)
+
+
+def test_two_experts_with_their_own_guidance(checkpoints):
+    bundle = ditcache.load("wan2.2_t2v", path=str(checkpoints["wan2.2_t2v"]), dtype="float32", device="cpu")
+    a = ours(bundle, "a cat", height=32, width=48, guidance_low=3.0)
+    b = theirs(bundle, "a cat", height=32, width=48, guidance_scale_2=3.0)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("model", ["wan2.1_i2v_480p", "wan2.2_i2v", "chronoedit"])
+def test_image_conditioned(checkpoints, model):
+    bundle = ditcache.load(model, path=str(checkpoints[model]), dtype="float32", device="cpu")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    settings = {"height": 32, "width": 48, "picture": picture, "guidance": 3.5}
+    assert torch.equal(ours(bundle, "a cat", **settings), theirs(bundle, "a cat", **settings))
+
+
+def test_shift_changes_the_result_and_does_not_stick(bundle):
+    plain = ours(bundle, "a red star", height=64, width=64)
+    shifted = ours(bundle, "a red star", height=64, width=64, shift=7.0)
+    assert not torch.equal(plain, shifted)
+    assert torch.equal(plain, ours(bundle, "a red star", height=64, width=64))
+
+
+def test_callbacks_see_every_step_and_may_edit_latents(bundle):
+    seen = []
+
+    def edit(step):
+        seen.append((step.index, step.num_steps, step.expert, step.latents.shape == step.velocity.shape))
+        if step.index == STEPS - 1:
+            step.latents = torch.zeros_like(step.latents)
+
+    latents = ours(bundle, "a red star", height=64, width=64, callbacks=[edit])
+    assert seen == [(i, STEPS, "transformer", True) for i in range(STEPS)]
+    assert not latents.any()

@@ -1,0 +1,161 @@
+"""`ditcache generate` end to end, through the command line, on the embedded model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import load_file
+
+from ditcache import cli
+from ditcache.cli import conf_dir
+from ditcache.models.base import ZOO
+
+KEYS = {
+    "schema", "command", "model", "cache", "seed", "steps", "prompts", "timing", "compute", "state_bytes_peak", "video",
+}  # fmt: skip
+PROMPT = "a fox's tail (night), schön"
+
+
+@pytest.fixture
+def generate(tmp_path, monkeypatch):
+    """Run the command in an empty folder -> its run folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, code=0):
+        assert cli.run(["generate", *arguments, f"hydra.run.dir={tmp_path}/run"]) == code
+        return tmp_path / "run"
+
+    return run
+
+
+def metrics_of(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_files_and_keys(generate, capsys):
+    folder = generate(PROMPT, "b, [c]", "cache=taylorseer", "steps=9", "compare=true", "seed=4")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        ".hydra", "config.yaml", "metrics.json", "steps.jsonl", "cache_map.png", "contact_sheet.png",
+        *(f"{kind}-00{i}.mp4" for kind in ("video", "baseline", "compare") for i in range(2)),
+    }  # fmt: skip
+    metrics = metrics_of(folder)
+    assert set(metrics) >= KEYS | {"quality", "speedup"}
+    assert metrics["schema"] == 1 and metrics["command"] == "generate"
+    assert (metrics["model"], metrics["cache"], metrics["seed"], metrics["steps"]) == ("tiny", "taylorseer", 4, 9)
+    assert metrics["prompts"] == [PROMPT, "b, [c]"]
+    assert set(metrics["timing"]) == {"text_s", "denoise_s", "decode_s", "total_s"}
+    assert set(metrics["quality"]) >= {"psnr", "ssim", "psnr_worst_frame"}
+    assert set(metrics["speedup"]) >= {"denoise", "total"}
+    assert 10 < metrics["quality"]["psnr_worst_frame"] <= metrics["quality"]["psnr"]
+    assert metrics["state_bytes_peak"] > 0 and len(metrics["video"]) == 2
+
+    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert len(rows) == metrics["compute"]["units_total"] == 2 * 9 * 2
+    assert sum(row["computed"] for row in rows) == metrics["compute"]["units_computed"] < len(rows)
+    assert metrics["compute"]["ratio"] == metrics["compute"]["units_computed"] / len(rows)
+    assert set(rows[0]) >= {"video", "step", "expert", "branch", "unit", "computed", "signal", "nbytes"}
+
+    frames = np.stack(list(iio.imiter(folder / "video-000.mp4", plugin="FFMPEG")))
+    assert frames.shape == (17, 320, 320, 3)
+    out = capsys.readouterr().out
+    assert "taylorseer" in out and "dB" in out and str(folder) in out.replace("\n", "")
+
+
+def test_without_cache_it_is_diffusers(generate):
+    """Latents of the command equal the plain pipeline's, for three prompts in one run and two sizes."""
+    prompts = ["a red star moves left on a blue background", PROMPT, "x"]
+    pipe = WanPipeline.from_pretrained(ZOO / "wan-tiny")
+    pipe.set_progress_bar_config(disable=True)
+    for height, width in ((64, 64), (48, 80)):
+        folder = generate(
+            *prompts, "steps=4", "seed=11", "save_latents=true", f"height={height}", f"width={width}"
+        )
+        for index, prompt in enumerate(prompts):
+            expected = pipe(
+                prompt, height=height, width=width, num_frames=17, num_inference_steps=4, guidance_scale=4.0,
+                generator=torch.Generator().manual_seed(11), output_type="latent",
+            ).frames  # fmt: skip
+            assert torch.equal(load_file(folder / f"latents-00{index}.safetensors")["latents"], expected)
+        assert metrics_of(folder)["compute"] == {
+            "units_total": 24, "units_computed": 24, "ratio": 1.0, "block_ratio": 1.0
+        }  # fmt: skip
+
+
+def test_a_comparison_with_itself_is_identical(generate):
+    folder = generate("cache=interval", "cache.policy.every=1", "steps=3", "compare=true")
+    quality = metrics_of(folder)["quality"]
+    assert quality["identical"] and quality["psnr"] is None and quality["ssim"] == pytest.approx(1)
+
+
+def test_the_second_video_equals_a_fresh_process(generate, tmp_path):
+    both = generate("a red star", "a blue cross", "cache=taylorseer", "steps=8", "save_latents=true")
+    second = load_file(both / "latents-001.safetensors")["latents"]
+    code = "import sys; from ditcache.cli import run; sys.exit(run(sys.argv[1:]))"
+    arguments = ["generate", "a blue cross", "cache=taylorseer", "steps=8", "save_latents=true"]
+    fresh = [sys.executable, "-c", code, *arguments, f"hydra.run.dir={tmp_path}/fresh", "hydra.job.name=generate"]
+    assert subprocess.run(fresh, capture_output=True).returncode == 0
+    assert torch.equal(load_file(tmp_path / "fresh/latents-000.safetensors")["latents"], second)
+
+
+def test_a_sweep_runs_every_job_with_the_model_loaded_once(tmp_path, monkeypatch):
+    from ditcache.models.load import load_pipeline
+
+    monkeypatch.chdir(tmp_path)
+    load_pipeline.cache_clear()
+    arguments = ["generate", "-m", "a, red star", "cache=interval", "cache.policy.every=1,2", "steps=3"]
+    assert cli.run([*arguments, f"hydra.sweep.dir={tmp_path}/sweep"]) == 0
+    assert load_pipeline.cache_info().misses == 1
+    ratios = [metrics_of(tmp_path / "sweep" / str(job))["compute"]["ratio"] for job in range(2)]
+    assert ratios[0] == 1.0 and metrics_of(tmp_path / "sweep/1")["prompts"] == ["a, red star"]
+
+
+def test_a_failing_job_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["generate", "-m", "steps=0,2", f"hydra.sweep.dir={tmp_path}/sweep"]) == 2
+    assert "job 0: steps: must be >= 1, got 0" in capfd.readouterr().err
+    assert (tmp_path / "sweep/1/metrics.json").is_file()
+    assert not (tmp_path / "sweep/0").exists()
+
+
+def test_prompts_from_a_file(generate, tmp_path):
+    (tmp_path / "prompts.txt").write_text("# a comment\na red star\n\nschön, 'quoted' ${x}\n", encoding="utf-8")
+    folder = generate("prompt_file=prompts.txt", "steps=1")
+    assert metrics_of(folder)["prompts"] == ["a red star", "schön, 'quoted' ${x}"]
+
+
+def test_show_the_configuration(capsys):
+    assert cli.run(["generate", "--cfg", "job", "cache=taylorseer"]) == 0
+    assert "every:" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_leaves_nothing_under_a_final_name(generate, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ditcache.report.pictures.contact_sheet", interrupt)
+    generate("steps=1", code=130)
+    assert "interrupted" in capsys.readouterr().err
+    assert not (tmp_path / "run/metrics.json").exists()
+    assert not list((tmp_path / "run").glob("*.partial*"))
+
+
+def test_an_own_policy_from_the_working_directory(generate, tmp_path):
+    (tmp_path / "my_policy.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from ditcache.cache.policies.base import Policy\n\n"
+        "@dataclass\nclass Thirds(Policy):\n    def should_compute(self, ctx):\n        return ctx.step % 3 == 0\n"
+    )
+    (tmp_path / "conf/cache").mkdir(parents=True)
+    text = (conf_dir() / "cache/interval.yaml").read_text()
+    text = text.replace("ditcache.cache.policies.interval.Interval", "my_policy.Thirds").replace("  every: 2\n", "")
+    (tmp_path / "conf/cache/thirds.yaml").write_text(text.replace("head: 4", "head: 0").replace("tail: 2", "tail: 0"))
+    folder = generate("--config-dir", "conf", "cache=thirds", "steps=7")
+    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["computed"] and r["branch"] == "cond"] == [0, 3, 6]
