@@ -1,4 +1,6 @@
-"""Caching for video diffusion transformers. Names are imported on first use, so that importing this package is free."""
+"""Caching for video diffusion transformers. Names are imported on first use, so that importing this
+package is free.
+"""
 
 from importlib import import_module
 from typing import Any

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     CompactHydraException,
@@ -20,7 +21,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-import hydra
 from ditcache.cli import conf_dir, fail, groups, options
 from ditcache.errors import DitcacheError, one_of
 
@@ -29,7 +29,9 @@ def run_command(command: str, arguments: list[str], *, program: str | None = Non
     """Compose the command's configuration and run it; returns the exit code."""
     module = command.replace("-", "_")
     sys.argv = [program or f"ditcache {command}", *arguments]
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us instead of being printed by Hydra
+    os.environ.setdefault(
+        "HYDRA_FULL_ERROR", "1"
+    )  # exceptions reach us instead of being printed by Hydra
     mistakes: list[DitcacheError] = []
 
     def task(cfg: DictConfig) -> float | None:
@@ -37,14 +39,18 @@ def run_command(command: str, arguments: list[str], *, program: str | None = Non
             with discarding_empty_run_folder():
                 return import_module(f"ditcache.commands.{module}").run(cfg)
         except DitcacheError as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:  # tell the launcher, so that a sweep shows the failure
+            if (
+                HydraConfig.get().mode == RunMode.MULTIRUN
+            ):  # tell the launcher, so that a sweep shows the failure
                 job = HydraConfig.get().job.num
                 raise CompactHydraException(f"job {job}: {error}") from None
             mistakes.append(error)
             return None
 
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir().resolve()), config_name=module)(task)()
+        hydra.main(version_base="1.3", config_path=str(conf_dir().resolve()), config_name=module)(
+            task
+        )()
     except KeyboardInterrupt:
         print(f"ditcache {command}: interrupted; nothing unfinished was kept", file=sys.stderr)
         return 130
@@ -59,21 +65,29 @@ def run_command(command: str, arguments: list[str], *, program: str | None = Non
 
 @contextlib.contextmanager
 def discarding_empty_run_folder() -> Iterator[None]:
-    """After an error, take away the folder Hydra made if the command had not put anything into it."""
+    """After an error, take away the folder Hydra made if the command had not put anything into
+    it.
+    """
     try:
         yield
     except BaseException:
         folder = Path(HydraConfig.get().runtime.output_dir)
-        if folder.is_dir() and all(x.name == ".hydra" or x.suffix == ".log" for x in folder.iterdir()):
+        if folder.is_dir() and all(
+            x.name == ".hydra" or x.suffix == ".log" for x in folder.iterdir()
+        ):
             shutil.rmtree(folder)
-            with contextlib.suppress(OSError):  # the first parent that holds something else ends this
+            with contextlib.suppress(
+                OSError
+            ):  # the first parent that holds something else ends this
                 for parent in folder.parents:
                     parent.rmdir()
         raise
 
 
 def explain(error: Exception) -> str:
-    """One line for an error of Hydra or OmegaConf: path, what came, what is allowed, the nearest name."""
+    """One line for an error of Hydra or OmegaConf: path, what came, what is allowed, the nearest
+    name.
+    """
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
@@ -82,10 +96,15 @@ def explain(error: Exception) -> str:
         known = error.options or options(group)
         return f"{group}: no option '{name}'. {one_of(name, known)}"
     if isinstance(error, OverrideParseException):
-        return f"cannot read '{error.override}': {first_line(error)} (quote values with special characters twice)"
+        hint = "quote values with special characters twice"
+        return f"cannot read '{error.override}': {first_line(error)} ({hint})"
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
         return explain(cause)
-    if isinstance(error, OmegaConfBaseException) and error.full_key and error.parent_node is not None:
+    if (
+        isinstance(error, OmegaConfBaseException)
+        and error.full_key
+        and error.parent_node is not None
+    ):
         keys = [str(key) for key in error.parent_node if key != "hydra"]
         if str(error.key) not in keys:
             return f"{error.full_key}: no such key. {one_of(str(error.key), keys)}"

@@ -1,7 +1,7 @@
 """`ditcache <command> ...`: finds the command and hands the rest to its Hydra application.
 
-Standard library only, so that `--help` and a mistyped command answer at once. Prompts are taken out of Hydra's grammar
-here: they are quoted for it, so that people type them as they are.
+Standard library only, so that `--help` and a mistyped command answer at once. Prompts are taken out
+of Hydra's grammar here: they are quoted for it, so that people type them as they are.
 """
 
 import os
@@ -15,9 +15,22 @@ from ditcache.errors import one_of
 OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*=")
 DELETION = re.compile(r"~[A-Za-z_][\w./@:-]*$")
 FLAGS_WITH_VALUE = {
-    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn",
-    "--config-dir", "-cd", "--experimental-rerun", "--info", "-i", "--shell-completion", "-sc",
-}  # fmt: skip
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+    "--experimental-rerun",
+    "--info",
+    "-i",
+    "--shell-completion",
+    "-sc",
+}
 
 
 def main() -> None:
@@ -26,7 +39,9 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Answer one command line; returns the exit code (0 done, 1 a failed gate or a bug, 2 bad input)."""
+    """Answer one command line; returns the exit code (0 done, 1 a failed gate or a bug, 2 bad
+    input).
+    """
     if arguments[:1] in (["-sc"], ["--shell-completion"]):
         return complete(arguments)
     word, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
@@ -55,9 +70,6 @@ def fail(message: str) -> int:
     return 2
 
 
-# --- what there is ---------------------------------------------------------------------------------------------------
-
-
 def conf_dir() -> Path:
     """The folder of YAML: inside an installed package, or beside it in a checkout."""
     packaged = Path(__file__).parent / "conf"
@@ -72,7 +84,9 @@ def commands() -> dict[str, str]:
 
 def groups() -> list[str]:
     """Config groups, nested ones as `cache/forecaster`; `hydra` is Hydra's own."""
-    folders = (path.relative_to(conf_dir()).as_posix() for path in conf_dir().rglob("*") if path.is_dir())
+    folders = (
+        path.relative_to(conf_dir()).as_posix() for path in conf_dir().rglob("*") if path.is_dir()
+    )
     return sorted(name for name in folders if name.split("/")[0] != "hydra")
 
 
@@ -91,11 +105,18 @@ def header(path: Path) -> list[str]:
 
 
 def overview() -> str:
-    lines = ["ditcache: caching for video diffusion transformers", "", "usage: ditcache <command> [key=value ...]", ""]
+    lines = [
+        "ditcache: caching for video diffusion transformers",
+        "",
+        "usage: ditcache <command> [key=value ...]",
+        "",
+    ]
     lines += [f"  {name:<12} {summary}" for name, summary in commands().items()]
     lines += ["", "  ditcache <command> --help      its config groups and keys"]
     lines += ["  ditcache <command> --cfg job   the whole configuration it would run with"]
-    lines += ['  eval "$(ditcache -sc install=bash)"   completion for this shell (bash, zsh or fish)']
+    lines += [
+        '  eval "$(ditcache -sc install=bash)"   completion for this shell (bash, zsh or fish)'
+    ]
     return "\n".join(lines)
 
 
@@ -105,18 +126,26 @@ def command_help(command: str) -> str:
     lines += [*header(primary), "", "config groups (group=option):"]
     lines += [f"  {group:<18} {', '.join(options(group))}" for group in groups() if options(group)]
     lines += ["", f"keys of conf/{primary.name}:"]
-    keys = re.findall(r"^(\w+): *([^#\n]*?)? *(?:# *(.*))?$", primary.read_text(encoding="utf-8"), re.M)
-    lines += [f"  {key:<18} {comment or value}" for key, value, comment in keys if key not in ("defaults", "hydra")]
-    lines += ["", "flags: --cfg job (show the configuration), -m (sweep over comma-separated values),"]
+    keys = re.findall(
+        r"^(\w+): *([^#\n]*?)? *(?:# *(.*))?$", primary.read_text(encoding="utf-8"), re.M
+    )
+    lines += [
+        f"  {key:<18} {comment or value}"
+        for key, value, comment in keys
+        if key not in ("defaults", "hydra")
+    ]
+    lines += [
+        "",
+        "flags: --cfg job (show the configuration), -m (sweep over comma-separated values),",
+    ]
     lines += ["       --config-dir FOLDER (own YAML beside ours), --info searchpath"]
     return "\n".join(lines)
 
 
-# --- prompts ---------------------------------------------------------------------------------------------------------
-
-
 def hydra_arguments(arguments: list[str]) -> list[str]:
-    """Arguments as Hydra wants them: `prompt=...` quoted, free-standing prompts gathered into one list."""
+    """Arguments as Hydra wants them: `prompt=...` quoted, free-standing prompts gathered into one
+    list.
+    """
     passed, prompts, value_next = [], [], False
     for argument in arguments:
         if value_next or argument.startswith("-"):
@@ -155,9 +184,6 @@ def quote(text: str) -> str:
 def escape_interpolation(text: str) -> str:
     """`${` as OmegaConf wants it where no interpolation is meant."""
     return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", text)
-
-
-# --- completion ------------------------------------------------------------------------------------------------------
 
 
 def complete(arguments: list[str]) -> int:

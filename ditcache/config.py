@@ -1,7 +1,9 @@
-"""YAML node -> checked dataclass. The only place that resolves `_target_`; importing it does not import torch.
+"""YAML node -> checked dataclass. The only place that resolves `_target_`; importing it does not
+import torch.
 
-A component's dataclass fields are its YAML keys. Its `__post_init__` raises `ValueError("field: must be ..., got ...")`,
-which becomes one line with the whole path in front: `cache.policy.every: must be >= 1, got 0`.
+A component's dataclass fields are its YAML keys. Its `__post_init__` raises `ValueError("field:
+must be ..., got ...")`, which becomes one line with the whole path in front: `cache.policy.every:
+must be >= 1, got 0`.
 """
 
 import dataclasses
@@ -22,16 +24,20 @@ T = TypeVar("T")
 
 
 def build(cfg: DictConfig, key: str, base: type[T]) -> T:
-    """`cfg[key]` (all of `cfg` if `key` is "") -> an instance of `base` or of the subclass its `_target_` names.
+    """`cfg[key]` (all of `cfg` if `key` is "") -> an instance of `base` or of the subclass its
+    `_target_` names.
 
-    Raises ConfigError for anything a user can mend: an unknown key or class, a wrong type, a value out of range.
+    Raises ConfigError for anything a user can mend: an unknown key or class, a wrong type, a value
+    out of range.
     """
     node = OmegaConf.select(cfg, key) if key else cfg
     if not isinstance(node, DictConfig):
         raise ConfigError(f"{key}: needs a group of keys with `_target_`, got {node!r}")
     cls = target_class(node, key, base)
     if not dataclasses.is_dataclass(cls):
-        raise ConfigError(f"{path(key, '_target_')}: {cls.__module__}.{cls.__qualname__} is not a dataclass")
+        raise ConfigError(
+            f"{path(key, '_target_')}: {cls.__module__}.{cls.__qualname__} is not a dataclass"
+        )
     hints = typing.get_type_hints(cls)
     fields = {field.name for field in dataclasses.fields(cls) if field.init}
     parts: dict[str, Any] = {}
@@ -43,12 +49,16 @@ def build(cfg: DictConfig, key: str, base: type[T]) -> T:
         if child is not None:
             parts[name] = None if part is None else build(cfg, path(key, name), child)
         else:
-            values[name] = OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
+            values[name] = (
+                OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
+            )
     checked = {name: convert(path(key, name), hints[name], value) for name, value in values.items()}
     try:
         return typing.cast(T, cls(**checked, **parts))
     except TypeError:
-        missing = [f.name for f in dataclasses.fields(cls) if required(f) and f.name not in checked | parts]
+        missing = [
+            f.name for f in dataclasses.fields(cls) if required(f) and f.name not in checked | parts
+        ]
         if not missing:
             raise
         raise ConfigError(f"{path(key, missing[0])}: needs a value") from None
@@ -82,7 +92,9 @@ def convert(where: str, hint: Any, value: Any) -> Any:
 
 
 def literal(value: Any) -> Any:
-    """A value whose `${` stay as they are: interpolations have been resolved, what is left is text."""
+    """A value whose `${` stay as they are: interpolations have been resolved, what is left is
+    text.
+    """
     if isinstance(value, str):
         return escape_interpolation(value)
     return [literal(part) for part in value] if isinstance(value, list) else value
@@ -90,13 +102,19 @@ def literal(value: Any) -> Any:
 
 def component_of(hint: Any) -> type | None:
     """The dataclass a field holds (`X` or `X | None`), or None for plain values."""
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) else (hint,)
+    choices = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint)
+        else (hint,)
+    )
     classes = [c for c in choices if isinstance(c, type) and dataclasses.is_dataclass(c)]
     return classes[0] if classes else None
 
 
 def target_class(node: DictConfig, key: str, base: type) -> type:
-    """The class `_target_` names, which must derive from `base`; `base` itself where there is no `_target_`."""
+    """The class `_target_` names, which must derive from `base`; `base` itself where there is no
+    `_target_`.
+    """
     target = node.get("_target_")
     if target is None:
         return base
@@ -108,7 +126,9 @@ def target_class(node: DictConfig, key: str, base: type) -> type:
 
 
 def locate(target: str, where: str) -> Any:
-    """Import `package.module.Name`; the working directory counts, so that users can keep their own classes there."""
+    """Import `package.module.Name`; the working directory counts, so that users can keep their own
+    classes there.
+    """
     module_name, _, name = target.rpartition(".")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

@@ -1,4 +1,6 @@
-"""The exceptions a user may see. Each is one line; the command line prints it without a traceback and exits with 2."""
+"""The exceptions a user may see. Each is one line; the command line prints it without a traceback
+and exits with 2.
+"""
 
 from collections.abc import Iterable
 
@@ -8,11 +10,13 @@ class DitcacheError(Exception):
 
 
 class ConfigError(DitcacheError):
-    """A wrong value in the configuration; the message starts with its path, as in `cache.policy.every: ...`."""
+    """A wrong value in the configuration; the message starts with its path, as in
+    `cache.policy.every: ...`.
+    """
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """" Did you mean 'x'?" for the nearest allowed name, or nothing if none is near."""
+    """ " Did you mean 'x'?" for the nearest allowed name, or nothing if none is near."""
     from difflib import get_close_matches
 
     near = get_close_matches(word, list(allowed), n=1, cutoff=0.5)
@@ -20,6 +24,6 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 
 def one_of(word: str, allowed: Iterable[str]) -> str:
-    """"Did you mean ...? One of: ..." for messages about an unknown name."""
+    """ "Did you mean ...? One of: ..." for messages about an unknown name."""
     names = sorted(allowed)
     return f"{did_you_mean(word, names)} One of: {', '.join(names)}".strip()

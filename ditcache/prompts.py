@@ -1,4 +1,6 @@
-"""Where prompts come from: the command line, a file, or a group of conf/prompts. Does not import torch."""
+"""Where prompts come from: the command line, a file, or a group of conf/prompts. Does not import
+torch.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class Prompts:
 
 
 def choose_prompts(prompt: Any, prompt_file: str | None, group: Prompts) -> list[str]:
-    """`prompt` (text or list) if given, else the lines of `prompt_file`, else the group. Raises ValueError."""
+    """`prompt` (text or list) if given, else the lines of `prompt_file`, else the group. Raises
+    ValueError.
+    """
     if prompt is not None and prompt_file is not None:
         raise ValueError("prompt_file: give either prompts or a file of prompts, not both")
     if prompt_file is not None:

@@ -1,9 +1,12 @@
-"""Frames -> mp4 and PNG, to look at. Numbers never come from these files. Knows nothing of models."""
+"""Frames -> mp4 and PNG, to look at. Numbers never come from these files. Knows nothing of
+models.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,18 +20,25 @@ def to_uint8(frames: np.ndarray, upscale: int = 1) -> np.ndarray:
 def write_mp4(path: Path, frames: np.ndarray, *, fps: int = 16, upscale: int = 1) -> None:
     """H.264 at near-visual losslessness; the file appears under its name only when complete.
 
-    frames: float [T, H, W, 3] in 0..1. Odd sides lose their last row or column (a rule of 4:2:0 colour).
+    frames: float [T, H, W, 3] in 0..1. Odd sides lose their last row or column (a rule of 4:2:0
+    colour).
     """
     import imageio.v2 as imageio
+
+    writer: Any
 
     pixels = to_uint8(frames, upscale)
     pixels = pixels[:, : pixels.shape[1] // 2 * 2, : pixels.shape[2] // 2 * 2]
     partial = path.with_name(f".{path.stem}.partial.mp4")
     try:
         with imageio.get_writer(
-            partial, fps=fps, codec="libx264", quality=None, macro_block_size=2,
+            partial,
+            fps=fps,
+            codec="libx264",
+            quality=None,
+            macro_block_size=2,
             output_params=["-crf", "15", "-movflags", "+faststart"],
-        ) as writer:  # fmt: skip
+        ) as writer:
             for frame in pixels:
                 writer.append_data(frame)
         os.replace(partial, path)

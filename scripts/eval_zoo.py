@@ -1,10 +1,13 @@
-"""How well the embedded model follows captions, read back from its decoded frames, and how well its VAE reconstructs.
+"""How well the embedded model follows captions, read back from its decoded frames, and how well its
+VAE reconstructs.
 
-    python scripts/eval_zoo.py                          # 200 fresh captions, about three minutes on two cores
-    python scripts/eval_zoo.py --captions 32 --seed 5   # other captions, other noise
-    python scripts/eval_zoo.py --write-card             # also CARD.md and sample.png beside the weights
+    python scripts/eval_zoo.py                          # 200 fresh captions, about three minutes on
+    two cores python scripts/eval_zoo.py --captions 32 --seed 5   # other captions, other noise
+    python scripts/eval_zoo.py --write-card             # also CARD.md and sample.png beside the
+    weights
 
-The judge is calibrated first: on true clips it must be right, on VAE reconstructions it shows the ceiling.
+The judge is calibrated first: on true clips it must be right, on VAE reconstructions it shows the
+ceiling.
 """
 
 import argparse
@@ -14,11 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import train_zoo
 from diffusers import WanPipeline
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
 from zoo import card, family, judge, vae, world
 
 GOALS = {"background": 0.98, "colour": 0.93, "direction": 0.95, "shape": 0.75, "psnr": 30.0}
@@ -46,11 +51,16 @@ def main() -> None:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     if arguments.write_card:
         Image.fromarray(card.sample_picture(scenes, videos)).save(arguments.model / "sample.png")
-        (arguments.model / "CARD.md").write_text(card.text(arguments.model, arguments.logs, results))
+        words = card.text(arguments.model, arguments.logs, results, **train_zoo.recipe())
+        (arguments.model / "CARD.md").write_text(words)
 
 
-def evaluate(pipe: WanPipeline, count: int, seed: int) -> tuple[dict, np.ndarray, list[world.Scene]]:
-    """Figures as a dictionary, the generated videos [N, T, H, W, 3] and the scenes their captions describe."""
+def evaluate(
+    pipe: WanPipeline, count: int, seed: int
+) -> tuple[dict, np.ndarray, list[world.Scene]]:
+    """Figures as a dictionary, the generated videos [N, T, H, W, 3] and the scenes their captions
+    describe.
+    """
     rng = np.random.default_rng([seed, 2])
     scenes = [world.draw_scene(rng) for _ in range(count)]
     clips = np.stack([world.render(scene) for scene in scenes])
@@ -92,7 +102,9 @@ def reconstruct(autoencoder, clip: np.ndarray) -> np.ndarray:
 
 
 def show(results: dict) -> None:
-    table = Table(title=f"caption following, {results['captions']} fresh captions, seed {results['seed']}")
+    table = Table(
+        title=f"caption following, {results['captions']} fresh captions, seed {results['seed']}"
+    )
     table.add_column("")
     for quality in judge.QUALITIES:
         table.add_column(quality, justify="right")

@@ -1,7 +1,8 @@
-"""Train the tiny Wan family that ships inside the package. Stages run in order; each resumes where it stopped.
+"""Train the tiny Wan family that ships inside the package. Stages run in order; each resumes where
+it stopped.
 
-    torchrun --nproc-per-node 2 scripts/train_zoo.py            # everything, two CPU processes
-    python scripts/train_zoo.py --stage vae --device cuda       # one stage on one GPU
+torchrun --nproc-per-node 2 scripts/train_zoo.py            # everything, two CPU processes
+python scripts/train_zoo.py --stage vae --device cuda       # one stage on one GPU
 """
 
 import argparse
@@ -10,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
+
 from zoo import dit, family, text, training, vae, world
 from zoo.optim import MatrixAdam, cosine, trapezoid
 
 SEED = 20261120
 VAE_STEPS, DIT_STEPS, DECODER_STEPS = 9000, 16_000, 2000
-LATENT_CLIPS = 24_000
+LATENT_CLIPS, DIT_BATCH = 24_000, 32
 
 
 def render_clips(seed: int, count: int) -> np.ndarray:
@@ -40,16 +42,25 @@ def train_vae(folder: Path, device: torch.device, steps: int) -> None:
         return reconstruction + 3e-4 * kl, {"kl": float(kl.detach())}
 
     training.fit(
-        "vae", model, MatrixAdam(model.named_parameters(), muon_lr=3e-3, adam_lr=3e-3, weight_decay=0.0), loss_of,
-        steps=steps, schedule=cosine, folder=folder, seed=SEED,
-        evaluate=lambda: {"psnr": vae.psnr(model, held_out)}, eval_every=500,
-    )  # fmt: skip
+        "vae",
+        model,
+        MatrixAdam(model.named_parameters(), muon_lr=3e-3, adam_lr=3e-3, weight_decay=0.0),
+        loss_of,
+        steps=steps,
+        schedule=cosine,
+        folder=folder,
+        seed=SEED,
+        evaluate=lambda: {"psnr": vae.psnr(model, held_out)},
+        eval_every=500,
+    )
 
 
 def encode_clips(folder: Path, device: torch.device) -> None:
-    """This process's share of the DiT's data: posterior means of fresh clips, their captions as tokens.
+    """This process's share of the DiT's data: posterior means of fresh clips, their captions as
+    tokens.
 
-    Latents are normalised to mean 0 and standard deviation 1 per channel; the constants go into the VAE's config.
+    Latents are normalised to mean 0 and standard deviation 1 per channel; the constants go into the
+    VAE's config.
     """
     target = folder / f"latents-{training.RANK}.pt"
     if target.exists():
@@ -58,11 +69,17 @@ def encode_clips(folder: Path, device: torch.device) -> None:
     rng = np.random.default_rng([SEED, 2, training.RANK])
     scenes = [world.draw_scene(rng) for _ in range(LATENT_CLIPS // training.PROCESSES)]
     with torch.no_grad():
-        means = [vae.encode(model, vae.to_video(world.render(s)[None]).to(device))[0].cpu() for s in scenes]
+        means = [
+            vae.encode(model, vae.to_video(world.render(s)[None]).to(device))[0].cpu()
+            for s in scenes
+        ]
     tokens = tokenizer(
-        [scene.caption for scene in scenes], padding="max_length", max_length=dit.TEXT_TOKENS,
-        truncation=True, return_tensors="pt",
-    ).input_ids  # fmt: skip
+        [scene.caption for scene in scenes],
+        padding="max_length",
+        max_length=dit.TEXT_TOKENS,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
     training.save({"latents": torch.cat(means), "tokens": tokens}, target)
 
 
@@ -80,7 +97,9 @@ def latent_statistics(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_dit(folder: Path, device: torch.device, steps: int, batch: int) -> None:
-    """Flow matching on precomputed latents; a tenth of the captions is dropped for classifier-free guidance."""
+    """Flow matching on precomputed latents; a tenth of the captions is dropped for classifier-free
+    guidance.
+    """
     torch.manual_seed(SEED)
     tokenizer = text.make_tokenizer()
     model, ema = dit.Denoiser(tokenizer).to(device), dit.Denoiser(tokenizer).to(device)
@@ -89,7 +108,9 @@ def train_dit(folder: Path, device: torch.device, steps: int, batch: int) -> Non
     data = torch.load(folder / f"latents-{training.RANK}.pt", weights_only=True)
     mean, std = (value.view(1, -1, 1, 1, 1) for value in latent_statistics(folder))
     latents, tokens = (data["latents"] - mean) / std, data["tokens"]
-    no_caption = tokenizer("", padding="max_length", max_length=dit.TEXT_TOKENS, return_tensors="pt").input_ids[0]
+    no_caption = tokenizer(
+        "", padding="max_length", max_length=dit.TEXT_TOKENS, return_tensors="pt"
+    ).input_ids[0]
     autoencoder = with_statistics(load_vae(folder, "vae"), folder).to(device)
     for block in model.transformer.blocks:
         block.compile()
@@ -98,19 +119,29 @@ def train_dit(folder: Path, device: torch.device, steps: int, batch: int) -> Non
         rows = torch.from_numpy(rng.integers(len(latents), size=batch))
         chosen = dit.add_stray_words(tokens[rows].clone(), rng, tokenizer)
         chosen[torch.from_numpy(rng.random(batch) < 0.1)] = no_caption
-        padded_to = torch.from_numpy(np.where(rng.random(batch) < 0.5, 512, rng.integers(32, 513, batch)))
+        padded_to = torch.from_numpy(
+            np.where(rng.random(batch) < 0.5, 512, rng.integers(32, 513, batch))
+        )
         sigma = dit.draw_sigma(rng, batch)
         return dit.flow_loss(
             model, attention, *(x.to(device) for x in (latents[rows], chosen, sigma, padded_to))
-        ), {}  # fmt: skip
+        ), {}
 
     training.fit(
-        "dit", model, MatrixAdam(model.named_parameters(), muon_lr=3e-3, adam_lr=1.5e-3, weight_decay=0.05), loss_of,
-        steps=steps, schedule=trapezoid, folder=folder, seed=SEED, ema=ema, eval_every=2000,
+        "dit",
+        model,
+        MatrixAdam(model.named_parameters(), muon_lr=3e-3, adam_lr=1.5e-3, weight_decay=0.05),
+        loss_of,
+        steps=steps,
+        schedule=trapezoid,
+        folder=folder,
+        seed=SEED,
+        ema=ema,
+        eval_every=2000,
         evaluate=lambda: family.caption_following(
             family.make_pipeline(ema, autoencoder, tokenizer), seed=3, count=24
         ),
-    )  # fmt: skip
+    )
 
 
 def with_statistics(model: AutoencoderKLWan, folder: Path) -> AutoencoderKLWan:
@@ -138,10 +169,17 @@ def train_decoder(folder: Path, device: torch.device, steps: int) -> None:
 
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     training.fit(
-        "decoder", model, MatrixAdam(trained, muon_lr=1e-3, adam_lr=1e-3, weight_decay=0.0), loss_of,
-        steps=steps, schedule=cosine, folder=folder, seed=SEED,
-        evaluate=lambda: {"psnr": vae.psnr(model, held_out)}, eval_every=500,
-    )  # fmt: skip
+        "decoder",
+        model,
+        MatrixAdam(trained, muon_lr=1e-3, adam_lr=1e-3, weight_decay=0.0),
+        loss_of,
+        steps=steps,
+        schedule=cosine,
+        folder=folder,
+        seed=SEED,
+        evaluate=lambda: {"psnr": vae.psnr(model, held_out)},
+        eval_every=500,
+    )
 
 
 def export(folder: Path, target: Path) -> None:
@@ -154,13 +192,26 @@ def export(folder: Path, target: Path) -> None:
     print(f"{target}: {size / 1e6:.2f} MB")
 
 
+def recipe() -> dict[str, str]:
+    """What the model card says of this file's settings."""
+    return {"seed": str(SEED), "latent_clips": f"{LATENT_CLIPS:,}", "batch": str(2 * DIT_BATCH)}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["all", "vae", "dit", "decoder", "export"], default="all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--stage", choices=["all", "vae", "dit", "decoder", "export"], default="all"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/zoo"), help="checkpoints and logs")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("outputs/zoo"), help="checkpoints and logs"
+    )
     parser.add_argument("--target", type=Path, default=Path("ditcache/zoo/wan-tiny"))
-    parser.add_argument("--batch", type=int, default=32, help="DiT clips per step and process")
+    parser.add_argument(
+        "--batch", type=int, default=DIT_BATCH, help="DiT clips per step and process"
+    )
     for stage, steps in (("vae", VAE_STEPS), ("dit", DIT_STEPS), ("decoder", DECODER_STEPS)):
         parser.add_argument(f"--{stage}-steps", type=int, default=steps)
     arguments = parser.parse_args()

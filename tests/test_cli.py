@@ -1,4 +1,6 @@
-"""The command line: instant help, prompts as people type them, one readable line for every mistake."""
+"""The command line: instant help, prompts as people type them, one readable line for every
+mistake.
+"""
 
 import subprocess
 import sys
@@ -24,7 +26,7 @@ def parsed(arguments):
     [
         "a fox's tail (night), schön",
         "[a b] {c}, d: e; f = g",
-        '"quoted" and \'quoted\'',
+        "\"quoted\" and 'quoted'",
         "E = mc2 on a board",
         "100 % ${x} $HOME `x` \\ \\' \\\\${y}",
         "wow! #1 @home ~ 东京",
@@ -82,7 +84,15 @@ def test_help_shows_commands_groups_and_keys(capsys):
     assert "generate" in capsys.readouterr().out
     assert cli.run(["generate", "--help"]) == 0
     text = capsys.readouterr().out
-    for word in ("cache/forecaster", "taylorseer", "wan2.2_t2v", "num_frames", "compare", "--cfg job", "-m"):
+    for word in (
+        "cache/forecaster",
+        "taylorseer",
+        "wan2.2_t2v",
+        "num_frames",
+        "compare",
+        "--cfg job",
+        "-m",
+    ):
         assert word in text
 
 
@@ -93,31 +103,73 @@ def test_version(capsys):
 
 MISTAKES = {
     ("generat",): "no command 'generat'. Did you mean 'generate'?",
-    ("generate", "cache=taylorsee"): "cache: no option 'taylorsee'. Did you mean 'taylorseer'? One of: ",
+    (
+        "generate",
+        "cache=taylorsee",
+    ): "cache: no option 'taylorsee'. Did you mean 'taylorseer'? One of: ",
     ("generate", "model=tny"): "model: no option 'tny'. Did you mean 'tiny'?",
     ("generate", "cache/forecaster=tailor", "cache=interval"): "Did you mean 'taylor'?",
     ("generate", "cache=null"): "cache: needs a name. Did you mean 'none'?",
     ("generate", "modle=tiny"): "modle: no such key. Did you mean 'model'?",
-    ("generate", "cache=fbcache", "cache.policy.treshold=1"): "cache.policy.treshold: no such key. Did you mean 'threshold'?",
+    (
+        "generate",
+        "cache=fbcache",
+        "cache.policy.treshold=1",
+    ): "cache.policy.treshold: no such key. Did you mean 'threshold'?",
     ("generate", "+colour=1"): "colour: no such key.",
     ("generate", "+cache.polcy=1"): "cache.polcy: no such key. Did you mean 'policy'?",
-    ("generate", "steps=many"): "steps: Value 'many' of type 'str' could not be converted to Integer",
+    (
+        "generate",
+        "steps=many",
+    ): "steps: Value 'many' of type 'str' could not be converted to Integer",
     ("generate", "steps=2.5"): "steps: Value '2.5'",
     ("generate", "steps=0"): "steps: must be >= 1, got 0",
     ("generate", "seed=-1"): "seed: must be >= 0, got -1",
     ("generate", "guidance=-2"): "guidance: must be > 0, got -2.0",
     ("generate", "compare=perhaps", "cache=interval"): "compare: Value 'perhaps'",
     ("generate", "compare=true"): "compare: needs a cache to compare; set cache=<policy>",
-    ("generate", "cache=fbcache", "cache.policy.threshold=-1"): "cache.policy.threshold: must be >= 0, got -1.0",
-    ("generate", "cache=fbcache", "cache.policy.threshold=nan"): "cache.policy.threshold: must be >= 0, got nan",
-    ("generate", "cache=interval", "cache.policy.every=0"): "cache.policy.every: must be >= 1, got 0",
+    (
+        "generate",
+        "cache=fbcache",
+        "cache.policy.threshold=-1",
+    ): "cache.policy.threshold: must be >= 0, got -1.0",
+    (
+        "generate",
+        "cache=fbcache",
+        "cache.policy.threshold=nan",
+    ): "cache.policy.threshold: must be >= 0, got nan",
+    (
+        "generate",
+        "cache=interval",
+        "cache.policy.every=0",
+    ): "cache.policy.every: must be >= 1, got 0",
     ("generate", "cache=interval", "cache.head=-1"): "cache.head: must be >= 0, got -1",
-    ("generate", "cache=interval", "cache.granularity=blocks"): "cache.granularity: must be 'stack', 'per_block' or a group size",
+    (
+        "generate",
+        "cache=interval",
+        "cache.granularity=blocks",
+    ): "cache.granularity: must be 'stack', 'per_block' or a group size",
     ("generate", "cache=interval", "cache.granularity=99"): "1 to 8, got 99",
-    ("generate", "cache=taylorseer", "cache.forecaster.order=7"): "cache.forecaster.order: must be between 0 and 3, got 7",
-    ("generate", "cache=interval", "cache.policy._target_=os.system"): "cache.policy._target_: os.system is not a Policy",
-    ("generate", "cache=interval", "cache.policy._target_=no.such.Thing"): "cannot import no.such.Thing",
-    ("generate", "cache=interval", "cache.policy._target_=ditcache.cache.policies.interval.Intervall"): "Did you mean 'Interval'?",
+    (
+        "generate",
+        "cache=taylorseer",
+        "cache.forecaster.order=7",
+    ): "cache.forecaster.order: must be between 0 and 3, got 7",
+    (
+        "generate",
+        "cache=interval",
+        "cache.policy._target_=os.system",
+    ): "cache.policy._target_: os.system is not a Policy",
+    (
+        "generate",
+        "cache=interval",
+        "cache.policy._target_=no.such.Thing",
+    ): "cannot import no.such.Thing",
+    (
+        "generate",
+        "cache=interval",
+        "cache.policy._target_=ditcache.cache.policies.interval.Intervall",
+    ): "Did you mean 'Interval'?",
     ("generate", "height=70"): "height: must be a multiple of 16, got 70; nearest: 64 or 80",
     ("generate", "width=0"): "width: must be a multiple of 16, got 0; nearest: 16 or 32",
     ("generate", "num_frames=16"): "num_frames: must be 4n + 1, got 16; nearest: 13 or 17",
@@ -127,7 +179,10 @@ MISTAKES = {
     ("generate", "image=cat.png"): "image: this model does not take a picture",
     ("generate", "model=wan2.1_i2v_480p"): "image: this model starts from a picture",
     ("generate", "model.path=./nowhere"): "model.path: no folder './nowhere'",
-    ("generate", "model.path=zoo:wan-tin"): "model.path: the zoo has no 'wan-tin'. Did you mean 'wan-tiny'?",
+    (
+        "generate",
+        "model.path=zoo:wan-tin",
+    ): "model.path: the zoo has no 'wan-tin'. Did you mean 'wan-tiny'?",
     ("generate", "model.dtype=fp16"): "model.dtype: no 'fp16'. Did you mean 'float16'?",
     ("generate", "model.device=tpu0"): "model.device: no device 'tpu0'",
     ("generate", "model.offload=model"): "needs a GPU",

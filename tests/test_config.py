@@ -20,8 +20,12 @@ from ditcache.prompts import Prompts
 from ditcache.store.base import Store
 
 BASES = {
-    "cache": CacheSettings, "cache/forecaster": Forecaster, "model": Model, "prompts": Prompts, "store": Store,
-}  # fmt: skip
+    "cache": CacheSettings,
+    "cache/forecaster": Forecaster,
+    "model": Model,
+    "prompts": Prompts,
+    "store": Store,
+}
 YAMLS = sorted(p for p in conf_dir().rglob("*.yaml") if p.parent != conf_dir())
 NAMES = [p.relative_to(conf_dir()).with_suffix("").as_posix() for p in YAMLS]
 
@@ -39,7 +43,11 @@ def test_there_are_yamls_and_each_group_is_known():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_composes_and_builds(name):
     group, _, option = name.rpartition("/")
-    chosen = ["cache=interval", f"{group}={option}"] if group == "cache/forecaster" else [f"{group}={option}"]
+    chosen = (
+        ["cache=interval", f"{group}={option}"]
+        if group == "cache/forecaster"
+        else [f"{group}={option}"]
+    )
     if "i2v" in option or option == "chronoedit":
         chosen.append(f"image={Path(__file__)}")
     settings = build(composed(*chosen), "", GenerateSettings)
@@ -57,7 +65,9 @@ def test_keys_are_the_fields_of_the_class(name):
         assert keys == {"policy"}
         return
     if "defaults" in node:
-        keys |= {str(key) for default in node.defaults if not isinstance(default, str) for key in default}
+        keys |= {
+            str(key) for default in node.defaults if not isinstance(default, str) for key in default
+        }
     assert keys == {field.name for field in fields(cls) if field.init}
     if group == "cache":
         policy = locate(node.policy._target_, name)
@@ -68,7 +78,7 @@ def test_keys_are_the_fields_of_the_class(name):
 def test_the_head_comment_holds_a_command_that_uses_it(name):
     text = " ".join(header(conf_dir() / f"{name}.yaml"))
     group, _, option = name.rpartition("/")
-    assert f"ditcache generate" in text and f"{group}={option}" in text
+    assert "ditcache generate" in text and f"{group}={option}" in text
 
 
 def test_every_command_has_a_primary_yaml_and_its_keys_are_fields():
@@ -85,12 +95,18 @@ def test_the_python_api_reads_what_hydra_composes(policy):
 
 def test_every_policy_and_forecaster_file_has_a_yaml():
     root = Path(cache_settings.__file__).parent
-    for folder, group, base in (("policies", "cache", Policy), ("forecasters", "cache/forecaster", Forecaster)):
+    for folder, group, base in (
+        ("policies", "cache", Policy),
+        ("forecasters", "cache/forecaster", Forecaster),
+    ):
         files = {path.stem for path in (root / folder).glob("*.py")} - {"base", "__init__"}
         assert files and files <= set(options(group))
         for name in files:
             module = __import__(f"ditcache.cache.{folder}.{name}", fromlist=["x"])
-            assert any(isinstance(v, type) and issubclass(v, base) and v is not base for v in vars(module).values())
+            assert any(
+                isinstance(v, type) and issubclass(v, base) and v is not base
+                for v in vars(module).values()
+            )
 
 
 @dataclass
@@ -126,11 +142,17 @@ def test_text_that_looks_like_an_interpolation_stays_text():
     [
         ({"inner": {"size": -1}, "names": []}, "a.inner.size: must be >= 0, got -1"),
         ({"inner": {"size": "x"}, "names": []}, "a.inner.size: Value 'x'"),
-        ({"inner": {"size": 1, "seize": 2}, "names": []}, r"a.inner.seize: no such key. Did you mean 'size'\?"),
+        (
+            {"inner": {"size": 1, "seize": 2}, "names": []},
+            r"a.inner.seize: no such key. Did you mean 'size'\?",
+        ),
         ({"inner": {"size": 1}}, "a.names: needs a value"),
         ({"inner": {"size": 1}, "names": "x"}, "a.names: "),
         ({"inner": 3, "names": []}, "a.inner: needs a group of keys"),
-        ({"inner": {"size": 1}, "names": [], "ratio": "${b}"}, "a.ratio: Interpolation key 'b' not found"),
+        (
+            {"inner": {"size": 1}, "names": [], "ratio": "${b}"},
+            "a.ratio: Interpolation key 'b' not found",
+        ),
         ({"inner": {"size": 1, "_target_": "test_config.Outer"}, "names": []}, "is not a Inner"),
         ({"inner": {"size": 1, "_target_": "nothing"}, "names": []}, "needs package.module.Class"),
     ],

@@ -17,8 +17,18 @@ from ditcache.cli import conf_dir
 from ditcache.models.base import ZOO
 
 KEYS = {
-    "schema", "command", "model", "cache", "seed", "steps", "prompts", "timing", "compute", "state_bytes_peak", "video",
-}  # fmt: skip
+    "schema",
+    "command",
+    "model",
+    "cache",
+    "seed",
+    "steps",
+    "prompts",
+    "timing",
+    "compute",
+    "state_bytes_peak",
+    "video",
+}
 PROMPT = "a fox's tail (night), schön"
 
 
@@ -42,13 +52,23 @@ def test_files_and_keys(generate, capsys):
     folder = generate(PROMPT, "b, [c]", "cache=taylorseer", "steps=9", "compare=true", "seed=4")
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        ".hydra", "config.yaml", "metrics.json", "steps.jsonl", "cache_map.png", "contact_sheet.png",
+        ".hydra",
+        "config.yaml",
+        "metrics.json",
+        "steps.jsonl",
+        "cache_map.png",
+        "contact_sheet.png",
         *(f"{kind}-00{i}.mp4" for kind in ("video", "baseline", "compare") for i in range(2)),
-    }  # fmt: skip
+    }
     metrics = metrics_of(folder)
     assert set(metrics) >= KEYS | {"quality", "speedup"}
     assert metrics["schema"] == 1 and metrics["command"] == "generate"
-    assert (metrics["model"], metrics["cache"], metrics["seed"], metrics["steps"]) == ("tiny", "taylorseer", 4, 9)
+    assert (metrics["model"], metrics["cache"], metrics["seed"], metrics["steps"]) == (
+        "tiny",
+        "taylorseer",
+        4,
+        9,
+    )
     assert metrics["prompts"] == [PROMPT, "b, [c]"]
     assert set(metrics["timing"]) == {"text_s", "denoise_s", "decode_s", "total_s"}
     assert set(metrics["quality"]) >= {"psnr", "ssim", "psnr_worst_frame"}
@@ -60,7 +80,16 @@ def test_files_and_keys(generate, capsys):
     assert len(rows) == metrics["compute"]["units_total"] == 2 * 9 * 2
     assert sum(row["computed"] for row in rows) == metrics["compute"]["units_computed"] < len(rows)
     assert metrics["compute"]["ratio"] == metrics["compute"]["units_computed"] / len(rows)
-    assert set(rows[0]) >= {"video", "step", "expert", "branch", "unit", "computed", "signal", "nbytes"}
+    assert set(rows[0]) >= {
+        "video",
+        "step",
+        "expert",
+        "branch",
+        "unit",
+        "computed",
+        "signal",
+        "nbytes",
+    }
 
     frames = np.stack(list(iio.imiter(folder / "video-000.mp4", plugin="FFMPEG")))
     assert frames.shape == (17, 320, 320, 3)
@@ -69,23 +98,41 @@ def test_files_and_keys(generate, capsys):
 
 
 def test_without_cache_it_is_diffusers(generate):
-    """Latents of the command equal the plain pipeline's, for three prompts in one run and two sizes."""
+    """Latents of the command equal the plain pipeline's, for three prompts in one run and two
+    sizes.
+    """
     prompts = ["a red star moves left on a blue background", PROMPT, "x"]
     pipe = WanPipeline.from_pretrained(ZOO / "wan-tiny")
     pipe.set_progress_bar_config(disable=True)
     for height, width in ((64, 64), (48, 80)):
         folder = generate(
-            *prompts, "steps=4", "seed=11", "save_latents=true", f"height={height}", f"width={width}"
+            *prompts,
+            "steps=4",
+            "seed=11",
+            "save_latents=true",
+            f"height={height}",
+            f"width={width}",
         )
         for index, prompt in enumerate(prompts):
             expected = pipe(
-                prompt, height=height, width=width, num_frames=17, num_inference_steps=4, guidance_scale=4.0,
-                generator=torch.Generator().manual_seed(11), output_type="latent",
-            ).frames  # fmt: skip
-            assert torch.equal(load_file(folder / f"latents-00{index}.safetensors")["latents"], expected)
+                prompt,
+                height=height,
+                width=width,
+                num_frames=17,
+                num_inference_steps=4,
+                guidance_scale=4.0,
+                generator=torch.Generator().manual_seed(11),
+                output_type="latent",
+            ).frames
+            assert torch.equal(
+                load_file(folder / f"latents-00{index}.safetensors")["latents"], expected
+            )
         assert metrics_of(folder)["compute"] == {
-            "units_total": 24, "units_computed": 24, "ratio": 1.0, "block_ratio": 1.0
-        }  # fmt: skip
+            "units_total": 24,
+            "units_computed": 24,
+            "ratio": 1.0,
+            "block_ratio": 1.0,
+        }
 
 
 def test_a_comparison_with_itself_is_identical(generate):
@@ -95,11 +142,20 @@ def test_a_comparison_with_itself_is_identical(generate):
 
 
 def test_the_second_video_equals_a_fresh_process(generate, tmp_path):
-    both = generate("a red star", "a blue cross", "cache=taylorseer", "steps=8", "save_latents=true")
+    both = generate(
+        "a red star", "a blue cross", "cache=taylorseer", "steps=8", "save_latents=true"
+    )
     second = load_file(both / "latents-001.safetensors")["latents"]
     code = "import sys; from ditcache.cli import run; sys.exit(run(sys.argv[1:]))"
     arguments = ["generate", "a blue cross", "cache=taylorseer", "steps=8", "save_latents=true"]
-    fresh = [sys.executable, "-c", code, *arguments, f"hydra.run.dir={tmp_path}/fresh", "hydra.job.name=generate"]
+    fresh = [
+        sys.executable,
+        "-c",
+        code,
+        *arguments,
+        f"hydra.run.dir={tmp_path}/fresh",
+        "hydra.job.name=generate",
+    ]
     assert subprocess.run(fresh, capture_output=True).returncode == 0
     assert torch.equal(load_file(tmp_path / "fresh/latents-000.safetensors")["latents"], second)
 
@@ -109,7 +165,14 @@ def test_a_sweep_runs_every_job_with_the_model_loaded_once(tmp_path, monkeypatch
 
     monkeypatch.chdir(tmp_path)
     load_pipeline.cache_clear()
-    arguments = ["generate", "-m", "a, red star", "cache=interval", "cache.policy.every=1,2", "steps=3"]
+    arguments = [
+        "generate",
+        "-m",
+        "a, red star",
+        "cache=interval",
+        "cache.policy.every=1,2",
+        "steps=3",
+    ]
     assert cli.run([*arguments, f"hydra.sweep.dir={tmp_path}/sweep"]) == 0
     assert load_pipeline.cache_info().misses == 1
     ratios = [metrics_of(tmp_path / "sweep" / str(job))["compute"]["ratio"] for job in range(2)]
@@ -125,7 +188,9 @@ def test_a_failing_job_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
 
 
 def test_prompts_from_a_file(generate, tmp_path):
-    (tmp_path / "prompts.txt").write_text("# a comment\na red star\n\nschön, 'quoted' ${x}\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text(
+        "# a comment\na red star\n\nschön, 'quoted' ${x}\n", encoding="utf-8"
+    )
     folder = generate("prompt_file=prompts.txt", "steps=1")
     assert metrics_of(folder)["prompts"] == ["a red star", "schön, 'quoted' ${x}"]
 
@@ -135,7 +200,9 @@ def test_show_the_configuration(capsys):
     assert "every:" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_leaves_nothing_under_a_final_name(generate, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_leaves_nothing_under_a_final_name(
+    generate, tmp_path, monkeypatch, capsys
+):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -154,8 +221,12 @@ def test_an_own_policy_from_the_working_directory(generate, tmp_path):
     )
     (tmp_path / "conf/cache").mkdir(parents=True)
     text = (conf_dir() / "cache/interval.yaml").read_text()
-    text = text.replace("ditcache.cache.policies.interval.Interval", "my_policy.Thirds").replace("  every: 2\n", "")
-    (tmp_path / "conf/cache/thirds.yaml").write_text(text.replace("head: 4", "head: 0").replace("tail: 2", "tail: 0"))
+    text = text.replace("ditcache.cache.policies.interval.Interval", "my_policy.Thirds").replace(
+        "  every: 2\n", ""
+    )
+    (tmp_path / "conf/cache/thirds.yaml").write_text(
+        text.replace("head: 4", "head: 0").replace("tail: 2", "tail: 0")
+    )
     folder = generate("--config-dir", "conf", "cache=thirds", "steps=7")
     rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if r["computed"] and r["branch"] == "cond"] == [0, 3, 6]

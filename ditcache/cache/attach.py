@@ -1,7 +1,7 @@
 """Puts a step cache on a transformer, a diffusers pipeline or a bundle, and takes it off again.
 
-One `ModelHook` on the transformer's root learns step and branch from diffusers' `cache_context`; the block list is
-replaced on the instance by one that yields units. Classes are never touched.
+One `ModelHook` on the transformer's root learns step and branch from diffusers' `cache_context`;
+the block list is replaced on the instance by one that yields units. Classes are never touched.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ HOOK = "ditcache_step_cache"
 class StepCache:
     """The step cache of one pipeline: one driver per expert, one run over all of them."""
 
-    def __init__(self, settings: CacheSettings, store: Store, schedule_of: Callable[[int], Schedule]):
+    def __init__(
+        self, settings: CacheSettings, store: Store, schedule_of: Callable[[int], Schedule]
+    ):
         self.settings, self.store, self.schedule_of = settings, store, schedule_of
         self.run = Run(store)
         self.experts: dict[str, nn.Module] = {}
@@ -42,7 +44,9 @@ class StepCache:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """JSON-serialisable: settings, per expert/branch/unit counts, signals and bytes, and the store's counters."""
+        """JSON-serialisable: settings, per expert/branch/unit counts, signals and bytes, and the
+        store's counters.
+        """
         return {
             "policy": self.settings.name,
             "forecaster": type(self.settings.forecaster).__name__,
@@ -75,11 +79,14 @@ class StepCacheHook(ModelHook):
         context = self.contexts._context
         if context is None or context.step_index is None or context.num_inference_steps is None:
             raise DitcacheError(
-                "step cache: the pipeline does not say which step and branch this forward is; call the transformer "
-                "inside `transformer.cache_context('cond', step_index=..., num_inference_steps=...)`"
+                "step cache: the pipeline does not say which step and branch this forward is; call "
+                "the transformer inside `transformer.cache_context('cond', step_index=..., "
+                "num_inference_steps=...)`"
             )
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-        call = Call(context.name, context.step_index, context.num_inference_steps, context.sigma, timestep)
+        call = Call(
+            context.name, context.step_index, context.num_inference_steps, context.sigma, timestep
+        )
         self.driver.begin_call(call, self.cache.schedule_of)
         try:
             return self.fn_ref.original_forward(*args, **kwargs)
@@ -100,12 +107,15 @@ def enable_cache(
     store: Store | None = None,
     **knobs: Any,
 ) -> StepCache:
-    """Put a step cache on `target`: a diffusers pipeline, a bundle from `ditcache.load`, or one transformer.
+    """Put a step cache on `target`: a diffusers pipeline, a bundle from `ditcache.load`, or one
+    transformer.
 
-    policy: an option of conf/cache ("taylorseer"), a name given to `@register_policy`, or an instance. knobs: keys of the
-    policy or of `CacheSettings` (head, tail, max_skips, budget). Nothing is attached unless everything is.
+    policy: an option of conf/cache ("taylorseer"), a name given to `@register_policy`, or an
+    instance. knobs: keys of the policy or of `CacheSettings` (head, tail, max_skips, budget).
+    Nothing is attached unless everything is.
 
-    Raises ConfigError for wrong names or values, DitcacheError if a cache is already there or there are no blocks.
+    Raises ConfigError for wrong names or values, DitcacheError if a cache is already there or there
+    are no blocks.
     """
     if granularity is not None:
         knobs["granularity"] = granularity
@@ -123,8 +133,8 @@ def attach_settings(target: Any, settings: CacheSettings, store: Store) -> StepC
         existing = hook_of(transformer)
         if existing is not None:
             raise DitcacheError(
-                f"enable_cache: this transformer already has a cache ({existing.cache.settings.name}); "
-                "call disable_cache first"
+                "enable_cache: this transformer already has a cache "
+                f"({existing.cache.settings.name}); call disable_cache first"
             )
     check_fit(target, settings)
     cache.attach()
@@ -132,7 +142,9 @@ def attach_settings(target: Any, settings: CacheSettings, store: Store) -> StepC
 
 
 def check_fit(target: Any, settings: CacheSettings) -> None:
-    """Whether these settings can go onto `target`; attaches nothing. Raises DitcacheError with what would fit."""
+    """Whether these settings can go onto `target`; attaches nothing. Raises DitcacheError with what
+    would fit.
+    """
     if settings.policy is not None:
         for transformer in experts_of(target).values():
             units_of(transformer, settings)
@@ -167,7 +179,9 @@ def schedule_reader(target: Any) -> Callable[[int], Schedule]:
         if scheduler is None or getattr(scheduler, "num_inference_steps", None) != num_steps:
             return Schedule(num_steps)
         sigmas = tuple(float(sigma) for sigma in scheduler.sigmas[:num_steps])
-        return Schedule(num_steps, sigmas=sigmas, timesteps=tuple(float(t) for t in scheduler.timesteps))
+        return Schedule(
+            num_steps, sigmas=sigmas, timesteps=tuple(float(t) for t in scheduler.timesteps)
+        )
 
     return read
 

@@ -1,7 +1,8 @@
-"""Decides, call by call, which units of one expert compute, and puts a forecast in place of the others.
+"""Decides, call by call, which units of one expert compute, and puts a forecast in place of the
+others.
 
-The rules every policy shares live here: first use, a changed shape, a step that does not follow the last one, head, tail,
-the longest run of skips and the budget. Knows nothing of hooks or pipelines.
+The rules every policy shares live here: first use, a changed shape, a step that does not follow the
+last one, head, tail, the longest run of skips and the budget. Knows nothing of hooks or pipelines.
 """
 
 from __future__ import annotations
@@ -46,15 +47,21 @@ class Run:
 
 
 class Call:
-    """One forward of the expert: where it is in the run, and what has been decided for all of its units."""
+    """One forward of the expert: where it is in the run, and what has been decided for all of its
+    units.
+    """
 
     __slots__ = ("branch", "leader", "num_steps", "probe_residual", "sigma", "step", "timestep")
 
-    def __init__(self, branch: str, step: int, num_steps: int, sigma: float | None, timestep: Tensor | None):
+    def __init__(
+        self, branch: str, step: int, num_steps: int, sigma: float | None, timestep: Tensor | None
+    ):
         self.branch, self.step, self.num_steps = branch, step, num_steps
         self.sigma, self.timestep = sigma, timestep
         self.probe_residual: Tensor | None = None
-        self.leader: tuple[bool, str] | None = None  # what the first unit did, which the others follow
+        self.leader: tuple[bool, str] | None = (
+            None  # what the first unit did, which the others follow
+        )
 
 
 class Driver:
@@ -67,9 +74,13 @@ class Driver:
         self.call: Call | None = None
 
     def begin_call(self, call: Call, schedule_of: Callable[[int], Schedule]) -> None:
-        """A forward starts. `schedule_of(num_steps)` describes the run if this call is the first of a new one."""
+        """A forward starts. `schedule_of(num_steps)` describes the run if this call is the first of
+        a new one.
+        """
         generation = self.run.generation
-        if generation is None or not generation.continues_with(self.expert, call.branch, call.step, call.num_steps):
+        if generation is None or not generation.continues_with(
+            self.expert, call.branch, call.step, call.num_steps
+        ):
             generation = self.run.begin(schedule_of(call.num_steps))
         if self.expert not in generation.masks:
             generation.masks[self.expert] = self.checked_mask(generation.schedule)
@@ -80,22 +91,31 @@ class Driver:
         self.call = None
 
     def checked_mask(self, schedule: Schedule) -> list[bool] | None:
-        """The static policy's mask for this run; a wrong one is refused before anything is skipped."""
+        """The static policy's mask for this run; a wrong one is refused before anything is
+        skipped.
+        """
         own = Schedule(
-            schedule.num_steps, self.settings.head, self.settings.tail, schedule.sigmas, schedule.timesteps
+            schedule.num_steps,
+            self.settings.head,
+            self.settings.tail,
+            schedule.sigmas,
+            schedule.timesteps,
         )
         mask = self.policy.mask(own)
         if mask is None:
             return None
+        name = type(self.policy).__name__
         if len(mask) != schedule.num_steps:
             raise ConfigError(
-                f"{type(self.policy).__name__}: its mask has {len(mask)} steps, the run has {schedule.num_steps}"
+                f"{name}: its mask has {len(mask)} steps, the run has {schedule.num_steps}"
             )
         if mask and not mask[0]:
-            raise ConfigError(f"{type(self.policy).__name__}: its mask skips the first step, which has nothing to reuse")
+            raise ConfigError(f"{name}: its mask skips the first step, which has nothing to reuse")
         return mask
 
-    def run_probe(self, blocks: list, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def run_probe(
+        self, blocks: list, hidden: Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
         """The blocks that always run; keeps what they added for the policy."""
         assert self.call is not None
         out = run_blocks(blocks, hidden, args, kwargs)
@@ -103,11 +123,15 @@ class Driver:
         self.call.probe_residual = (out - hidden).detach()
         return out
 
-    def run_unit(self, index: int, blocks: list, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def run_unit(
+        self, index: int, blocks: list, hidden: Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> Tensor:
         """One cached unit: its blocks, or its input plus a forecast of their residual."""
         call, generation = self.call, self.run.generation
         assert call is not None and generation is not None
-        state, forced = self.forced(generation.unit(self.expert, call.branch, index), call, hidden, generation)
+        state, forced = self.forced(
+            generation.unit(self.expert, call.branch, index), call, hidden, generation
+        )
         context = self.context(call, state, index, hidden, args, kwargs)
         computed, reason = (True, forced) if forced else self.decide(context, state, generation)
         forecast = None
@@ -121,7 +145,15 @@ class Driver:
         self.remember(context, state, computed, out)
         self.run.trace.decisions.append(
             Decision(
-                call.step, self.expert, call.branch, index, computed, reason, context.signal, len(blocks), state.nbytes()
+                call.step,
+                self.expert,
+                call.branch,
+                index,
+                computed,
+                reason,
+                context.signal,
+                len(blocks),
+                state.nbytes(),
             )
         )
         return out
@@ -129,7 +161,9 @@ class Driver:
     def forced(
         self, state: UnitState, call: Call, hidden: Tensor, generation: Generation
     ) -> tuple[UnitState, str | None]:
-        """Why this unit must compute whatever the policy says, or None. State that does not fit is dropped."""
+        """Why this unit must compute whatever the policy says, or None. State that does not fit is
+        dropped.
+        """
         signature = (hidden.shape, hidden.dtype, hidden.device)
         reason = None
         if not state.computed:
@@ -145,8 +179,12 @@ class Driver:
             reason = "tail"
         return state, reason
 
-    def decide(self, context: Context, state: UnitState, generation: Generation) -> tuple[bool, str]:
-        """Limits first, then the mask or the policy. Units after the first follow it unless the policy is per unit."""
+    def decide(
+        self, context: Context, state: UnitState, generation: Generation
+    ) -> tuple[bool, str]:
+        """Limits first, then the mask or the policy. Units after the first follow it unless the
+        policy is per unit.
+        """
         call, mask = self.call, generation.masks[self.expert]
         assert call is not None
         if call.leader is not None and not self.policy.per_unit:
@@ -171,16 +209,30 @@ class Driver:
             state.drop()
 
     def context(
-        self, call: Call, state: UnitState, index: int, hidden: Tensor, args: tuple, kwargs: dict[str, Any]
+        self,
+        call: Call,
+        state: UnitState,
+        index: int,
+        hidden: Tensor,
+        args: tuple,
+        kwargs: dict[str, Any],
     ) -> Context:
         """Blocks of the Wan family take (hidden, encoder_hidden, e0, rotary)."""
         return Context(
-            expert=self.expert, branch=call.branch, step=call.step, num_steps=call.num_steps, sigma=call.sigma,
-            timestep=call.timestep, unit_index=index, num_units=self.num_units, hidden=hidden,
+            expert=self.expert,
+            branch=call.branch,
+            step=call.step,
+            num_steps=call.num_steps,
+            sigma=call.sigma,
+            timestep=call.timestep,
+            unit_index=index,
+            num_units=self.num_units,
+            hidden=hidden,
             encoder_hidden=args[0] if args else kwargs.get("encoder_hidden_states"),
             e0=args[1] if len(args) > 1 else kwargs.get("temb"),
-            probe_residual=call.probe_residual, state=state,
-        )  # fmt: skip
+            probe_residual=call.probe_residual,
+            state=state,
+        )
 
 
 def run_blocks(blocks: list, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -17,11 +17,13 @@ from ditcache.errors import ConfigError, one_of
 
 @dataclass
 class CacheSettings:
-    """When to compute, what stands in, for which units, and the driver's rules that hold for every policy.
+    """When to compute, what stands in, for which units, and the driver's rules that hold for every
+    policy.
 
-    policy: None means no cache at all. granularity: `stack` (all blocks as one unit), `per_block`, or a group size.
-    head, tail: steps at the start and end that always compute. max_skips: longest run of skipped steps (None: no limit).
-    budget: most steps skipped per branch and expert in one generation (None: no limit).
+    policy: None means no cache at all. granularity: `stack` (all blocks as one unit), `per_block`,
+    or a group size. head, tail: steps at the start and end that always compute. max_skips: longest
+    run of skipped steps (None: no limit). budget: most steps skipped per branch and expert in one
+    generation (None: no limit).
     """
 
     policy: Policy | None = None
@@ -41,7 +43,8 @@ class CacheSettings:
             isinstance(self.granularity, int) and self.granularity >= 1
         ):
             raise ValueError(
-                f"granularity: must be 'stack', 'per_block' or a group size >= 1, got {self.granularity!r}"
+                "granularity: must be 'stack', 'per_block' or a group size >= 1, "
+                f"got {self.granularity!r}"
             )
 
     @property
@@ -52,9 +55,11 @@ class CacheSettings:
 def read_settings(
     policy: str | Policy, forecaster: str | Forecaster | None, knobs: dict[str, Any]
 ) -> CacheSettings:
-    """`enable_cache`'s arguments -> settings: a YAML of conf/cache, a registered class, or an instance.
+    """`enable_cache`'s arguments -> settings: a YAML of conf/cache, a registered class, or an
+    instance.
 
-    knobs: keys of the policy, or head, tail, max_skips, budget, granularity. Raises ConfigError for unknown ones.
+    knobs: keys of the policy, or head, tail, max_skips, budget, granularity. Raises ConfigError for
+    unknown ones.
     """
     if isinstance(policy, Policy):
         node, own, target = OmegaConf.create({}), [], None
@@ -65,13 +70,16 @@ def read_settings(
         node, target = OmegaConf.create({"policy": {}}), REGISTERED[policy]
         own = [f.name for f in fields(target)]
     else:
-        raise ConfigError(f"enable_cache: no policy '{policy}'. {one_of(policy, {*options('cache'), *REGISTERED})}")
+        known = {*options("cache"), *REGISTERED}
+        raise ConfigError(f"enable_cache: no policy '{policy}'. {one_of(str(policy), known)}")
 
     driver = [] if policy == "none" else [f.name for f in fields(CacheSettings)][2:]
     for name, value in knobs.items():
         if name not in own + driver:
             label = policy if isinstance(policy, str) else type(policy).__name__
-            raise ConfigError(f"enable_cache: {label} takes no '{name}' here. {one_of(name, own + driver)}")
+            raise ConfigError(
+                f"enable_cache: {label} takes no '{name}' here. {one_of(name, own + driver)}"
+            )
         OmegaConf.update(node, f"policy.{name}" if name in own else name, value, force_add=True)
     if isinstance(forecaster, str):
         node.forecaster = load_yaml("cache/forecaster", forecaster)
@@ -94,5 +102,5 @@ def compose(name: str) -> DictConfig:
     for default in node.pop("defaults", []):
         if isinstance(default, DictConfig):
             for group, option in default.items():
-                node[str(group)] = load_yaml(f"cache/{group}", option)
+                node[str(group)] = load_yaml(f"cache/{group!s}", str(option))
     return node

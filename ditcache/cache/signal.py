@@ -11,14 +11,18 @@ if TYPE_CHECKING:
 
 
 def relative_l1(value: Tensor, reference: Tensor) -> float:
-    """mean|value - reference| / mean|reference| in fp32, the largest over the batch: one restless sample computes.
+    """mean|value - reference| / mean|reference| in fp32, the largest over the batch: one restless
+    sample computes.
 
-    value, reference: [B, N, D]. NaN or infinity is returned as NaN with a warning, and every comparison with it says compute.
+    value, reference: [B, N, D]. NaN or infinity is returned as NaN with a warning, and every
+    comparison with it says compute.
     """
     change = (value.float() - reference.float()).abs().flatten(1).mean(1)
     size = reference.float().abs().flatten(1).mean(1)
     signal = float((change / size).max())
     if not math.isfinite(signal):
-        warnings.warn("step cache: a signal is not finite; computing instead of reusing", stacklevel=2)
+        warnings.warn(
+            "step cache: a signal is not finite; computing instead of reusing", stacklevel=2
+        )
         return math.nan
     return signal

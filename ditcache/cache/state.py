@@ -1,4 +1,6 @@
-"""What a run of the step cache remembers. Everything here is made anew for each generation, so nothing needs a reset."""
+"""What a run of the step cache remembers. Everything here is made anew for each generation, so
+nothing needs a reset.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,21 @@ if TYPE_CHECKING:
 class UnitState:
     """What one unit of one branch of one expert keeps during one generation.
 
-    `values` is the policy's: numbers it wants to remember. Tensors go through `put` and `get`, which reach the store; any
-    of them may come back as None.
+    `values` is the policy's: numbers it wants to remember. Tensors go through `put` and `get`,
+    which reach the store; any of them may come back as None.
     """
 
-    __slots__ = ("computed", "last_step", "prefix", "run", "signature", "sizes", "skipped", "store", "values")
+    __slots__ = (
+        "computed",
+        "last_step",
+        "prefix",
+        "run",
+        "signature",
+        "sizes",
+        "skipped",
+        "store",
+        "values",
+    )
 
     def __init__(self, store: Store, prefix: tuple[int, str, str, int]):
         self.store, self.prefix = store, prefix
@@ -59,7 +71,9 @@ class Generation:
         self.masks: dict[str, list[bool] | None] = {}
 
     def continues_with(self, expert: str, branch: str, step: int, num_steps: int) -> bool:
-        """Whether a call can belong to this generation: time does not run backwards, no branch calls twice a step."""
+        """Whether a call can belong to this generation: time does not run backwards, no branch
+        calls twice a step.
+        """
         if num_steps != self.schedule.num_steps or step < self.step:
             return False
         return step > self.step or (expert, branch) not in self.seen

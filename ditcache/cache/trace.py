@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(slots=True)
 class Decision:
-    """One unit at one call. `reason` says who decided: first, head, tail, shape, gap, max_skips, budget, policy, missing.
+    """One unit at one call. `reason` says who decided: first, head, tail, shape, gap, max_skips,
+    budget, policy, missing.
 
     blocks: how many blocks the unit spans. nbytes: what the unit keeps in the store after the call.
     """
@@ -43,22 +44,29 @@ class Trace:
 
     @property
     def blocks_computed(self) -> int:
-        return self.probe_blocks + sum(decision.blocks for decision in self.decisions if decision.computed)
+        return self.probe_blocks + sum(
+            decision.blocks for decision in self.decisions if decision.computed
+        )
 
     def note_forwards(self, step: int, expert: str, *, guided: bool, blocks: int) -> None:
         """Record a step of a run without cache: every block of every branch computed."""
         for branch in ("cond", "uncond") if guided else ("cond",):
-            self.decisions.append(Decision(step, expert, branch, 0, True, "no cache", None, blocks, 0))
+            self.decisions.append(
+                Decision(step, expert, branch, 0, True, "no cache", None, blocks, 0)
+            )
 
     def rows(self) -> list[dict[str, Any]]:
         return [asdict(decision) for decision in self.decisions]
 
     def stats(self) -> dict[str, Any]:
-        """Per `expert/branch/unit`: computed, skipped, signals (None where nobody measured), bytes at most held."""
+        """Per `expert/branch/unit`: computed, skipped, signals (None where nobody measured), bytes
+        at most held.
+        """
         table: dict[str, Any] = {}
         for d in self.decisions:
             row = table.setdefault(
-                f"{d.expert}/{d.branch}/{d.unit}", {"computed": 0, "skipped": 0, "signals": [], "bytes": 0}
+                f"{d.expert}/{d.branch}/{d.unit}",
+                {"computed": 0, "skipped": 0, "signals": [], "bytes": 0},
             )
             row["computed" if d.computed else "skipped"] += 1
             row["signals"].append(d.signal)

@@ -1,4 +1,6 @@
-"""Makes a block list yield units: runs of consecutive blocks that are computed or skipped as one."""
+"""Makes a block list yield units: runs of consecutive blocks that are computed or skipped as
+one.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,27 @@ from ditcache.cache.driver import Driver
 def partition(num_blocks: int, probe: int, granularity: int | str) -> list[range]:
     """Blocks after the probe -> units. Raises ValueError when a setting does not fit this model."""
     if not probe < num_blocks:
-        raise ValueError(f"policy: it always computes {probe} blocks, but the model has {num_blocks} blocks")
-    size = {"stack": num_blocks, "per_block": 1}.get(granularity, granularity) if isinstance(granularity, str) else granularity
+        raise ValueError(
+            f"policy: it always computes {probe} blocks, but the model has {num_blocks} blocks"
+        )
+    size = (
+        {"stack": num_blocks, "per_block": 1}.get(granularity, granularity)
+        if isinstance(granularity, str)
+        else granularity
+    )
     if isinstance(granularity, int) and granularity > num_blocks:
         raise ValueError(
-            f"granularity: must be 'stack', 'per_block' or a group size from 1 to {num_blocks}, got {granularity}"
+            "granularity: must be 'stack', 'per_block' or a group size from 1 to "
+            f"{num_blocks}, got {granularity}"
         )
     assert isinstance(size, int)
     return [range(start, min(start + size, num_blocks)) for start in range(probe, num_blocks, size)]
 
 
 class Unit:
-    """Called like a block. Looks its blocks up at every call, so that adapters may replace them meanwhile."""
+    """Called like a block. Looks its blocks up at every call, so that adapters may replace them
+    meanwhile.
+    """
 
     __slots__ = ("blocks", "driver", "index", "span")
 
@@ -39,10 +50,15 @@ class Unit:
 
 
 class UnitList(nn.ModuleList):
-    """The same blocks under the same names; iterating it inside the transformer's forward gives units instead.
+    """The same blocks under the same names; iterating it inside the transformer's forward gives
+    units instead.
 
     Shares the original list's dictionary of modules, so whatever happens to one happens to both.
     """
+
+    driver: Driver
+    original: nn.ModuleList
+    units: list[Unit]
 
     def __init__(self, original: nn.ModuleList, driver: Driver, probe: int, spans: list[range]):
         super().__init__()

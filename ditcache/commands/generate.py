@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -13,6 +13,9 @@ from ditcache.config import build
 from ditcache.models.base import Model
 from ditcache.prompts import Prompts, choose_prompts
 from ditcache.store.base import Store
+
+if TYPE_CHECKING:
+    from ditcache.pipeline.render import Video
 
 
 @dataclass
@@ -82,12 +85,16 @@ def run(cfg: DictConfig) -> float | None:
         folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))
         renderer = Renderer(bundle, settings, show)
 
-        # 3) Render every prompt, beside its baseline if asked, in alternating order so that drift cancels out.
+        # 3) Render every prompt, beside its baseline if asked, in alternating order so that drift
+        # cancels out.
         if settings.compare:
             renderer.warm_up()
-        videos, baselines = [], []
+        videos: list[Video] = []
+        baselines: list[Video] = []
         for index, text in enumerate(settings.texts):
-            jobs = [(videos, settings.cache), (baselines, CacheSettings())][: 2 if settings.compare else 1]
+            jobs = [(videos, settings.cache), (baselines, CacheSettings())][
+                : 2 if settings.compare else 1
+            ]
             for results, cache in jobs if index % 2 else reversed(jobs):
                 results.append(renderer.render(index, text, cache))
 

@@ -14,13 +14,18 @@ def psnr(reference: np.ndarray, candidate: np.ndarray) -> float:
 
 
 def psnr_per_frame(reference: np.ndarray, candidate: np.ndarray) -> list[float]:
-    """One value per frame; their mean is not the PSNR of the video, their minimum is its worst frame."""
+    """One value per frame; their mean is not the PSNR of the video, their minimum is its worst
+    frame.
+    """
     return [decibel(error) for error in squared_error(reference, candidate).mean((1, 2, 3))]
 
 
 def squared_error(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
     if reference.shape != candidate.shape:
-        raise ValueError(f"psnr: reference is {reference.shape}, candidate is {candidate.shape}; compare equal videos")
+        raise ValueError(
+            f"psnr: reference is {reference.shape}, candidate is {candidate.shape}; "
+            "compare videos of equal shape"
+        )
     return (reference.astype(np.float64) - candidate.astype(np.float64)) ** 2
 
 

@@ -1,4 +1,6 @@
-"""Structural similarity (Wang et al. 2004) on raw float frames. Knows nothing of models or files."""
+"""Structural similarity (Wang et al. 2004) on raw float frames. Knows nothing of models or
+files.
+"""
 
 import numpy as np
 
@@ -7,14 +9,21 @@ C1, C2 = 0.01**2, 0.03**2
 
 
 def ssim(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """Mean over frames, channels and pixels whose 11x11 Gaussian window (sigma 1.5) lies inside the frame; float64.
+    """Mean over frames, channels and pixels whose 11x11 Gaussian window (sigma 1.5) lies inside the
+    frame; float64.
 
-    reference, candidate: [T, H, W, 3] in 0..1, at least 11 pixels a side. Raises ValueError otherwise.
+    reference, candidate: [T, H, W, 3] in 0..1, at least 11 pixels a side. Raises ValueError
+    otherwise.
     """
     if reference.shape != candidate.shape:
-        raise ValueError(f"ssim: reference is {reference.shape}, candidate is {candidate.shape}; compare equal videos")
+        raise ValueError(
+            f"ssim: reference is {reference.shape}, candidate is {candidate.shape}; "
+            "compare videos of equal shape"
+        )
     if min(reference.shape[1:3]) < SIZE:
-        raise ValueError(f"ssim: frames must be at least {SIZE} pixels a side, got {reference.shape[1:3]}")
+        raise ValueError(
+            f"ssim: frames must be at least {SIZE} pixels a side, got {reference.shape[1:3]}"
+        )
     return float(np.mean([frame_ssim(a, b) for a, b in zip(reference, candidate, strict=True)]))
 
 

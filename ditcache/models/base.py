@@ -1,4 +1,6 @@
-"""What a model is: where its weights are, how it likes to be run, and, once loaded, which parts do what."""
+"""What a model is: where its weights are, how it likes to be run, and, once loaded, which parts do
+what.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,13 @@ BLOCK_LISTS = {"WanTransformer3DModel": "blocks", "ChronoEditTransformer3DModel"
 class Model:
     """Base of all models: a diffusers pipeline to load and the settings its authors recommend.
 
-    path: a folder in diffusers layout, a hub id (`org/name`), or `zoo:<name>` for an embedded checkpoint.
-    dtype: of transformer and text encoder; vae_dtype: of the VAE. device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-    offload: `none`; `model` keeps only the part at work on the GPU; `group` only the transformer layers at work.
-    guidance_low: guidance of the low-noise expert (None: the same). boundary: share of the noise range at which the
-    low-noise expert takes over (None: what the checkpoint says). shift: of the flow schedule (None: likewise).
-    size_multiple: height and width must be multiples of it.
+    path: a folder in diffusers layout, a hub id (`org/name`), or `zoo:<name>` for an embedded
+    checkpoint. dtype: of transformer and text encoder; vae_dtype: of the VAE. device: `auto`,
+    `cpu`, `cuda`, `cuda:1`, ... offload: `none`; `model` keeps only the part at work on the GPU;
+    `group` only the transformer layers at work. guidance_low: guidance of the low-noise expert
+    (None: the same). boundary: share of the noise range at which the low-noise expert takes over
+    (None: what the checkpoint says). shift: of the flow schedule (None: likewise). size_multiple:
+    height and width must be multiples of it.
     """
 
     pipeline: ClassVar[str]  # class of diffusers that loads and conditions it
@@ -63,7 +66,9 @@ class Model:
 
     @property
     def folder(self) -> Path | None:
-        """The local folder `path` means, or None for a hub id. Raises ConfigError if it should exist and does not."""
+        """The local folder `path` means, or None for a hub id. Raises ConfigError if it should
+        exist and does not.
+        """
         if self.path.startswith("zoo:"):
             folder, name = ZOO / self.path[4:], self.path[4:]
             if not (folder / "model_index.json").is_file():
@@ -74,31 +79,45 @@ class Model:
         if folder.is_dir():
             return folder
         if self.path.count("/") != 1 or self.path[0] in "./~":
-            raise ConfigError(f"model.path: no folder '{self.path}'; give a diffusers folder, a hub id or zoo:wan-tiny")
+            raise ConfigError(
+                f"model.path: no folder '{self.path}'; give a diffusers folder, a hub id or "
+                "zoo:wan-tiny"
+            )
         return None
 
     def check_folder(self) -> None:
-        """Whether a local folder holds the pipeline this model loads; reads no weights and does not import torch."""
+        """Whether a local folder holds the pipeline this model loads; reads no weights and does not
+        import torch.
+        """
         folder = self.folder
         if folder is None:
             return
         index = folder / "model_index.json"
         if not index.is_file():
-            raise ConfigError(f"model.path: {folder} has no model_index.json; it is not a diffusers pipeline folder")
+            raise ConfigError(
+                f"model.path: {folder} has no model_index.json; it is no diffusers pipeline folder"
+            )
         found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
         if found != self.pipeline:
-            raise ConfigError(f"model.path: {folder} holds a {found}, this model loads a {self.pipeline}")
+            raise ConfigError(
+                f"model.path: {folder} holds a {found}, this model loads a {self.pipeline}"
+            )
 
     def check_size(self, height: int, width: int, num_frames: int) -> None:
         """Raises ValueError for a size the model cannot make, naming the nearest ones it can."""
+        unit = self.size_multiple
         for name, value in (("height", height), ("width", width)):
-            if value < self.size_multiple or value % self.size_multiple:
-                low = max(value // self.size_multiple, 1) * self.size_multiple
-                near = f"{low} or {low + self.size_multiple}"
-                raise ValueError(f"{name}: must be a multiple of {self.size_multiple}, got {value}; nearest: {near}")
+            if value < unit or value % unit:
+                low = max(value // unit, 1) * unit
+                near = f"{low} or {low + unit}"
+                raise ValueError(
+                    f"{name}: must be a multiple of {unit}, got {value}; nearest: {near}"
+                )
         if num_frames < 1 or (num_frames - 1) % 4:
             low = max((num_frames - 1) // 4, 0) * 4 + 1
-            raise ValueError(f"num_frames: must be 4n + 1, got {num_frames}; nearest: {low} or {low + 4}")
+            raise ValueError(
+                f"num_frames: must be 4n + 1, got {num_frames}; nearest: {low} or {low + 4}"
+            )
 
 
 @dataclass
@@ -109,10 +128,14 @@ class Bundle:
     pipe: Any
 
     @property
-    def experts(self) -> dict[str, nn.Module]:
-        """`transformer` (high noise, or the only one) and `transformer_2` (low noise) where there are two."""
+    def experts(self) -> dict[str, Any]:
+        """`transformer` (high noise, or the only one) and `transformer_2` (low noise) where there
+        are two.
+        """
         names = ("transformer", "transformer_2")
-        return {name: part for name in names if (part := getattr(self.pipe, name, None)) is not None}
+        return {
+            name: part for name in names if (part := getattr(self.pipe, name, None)) is not None
+        }
 
     @property
     def boundary(self) -> float | None:
@@ -132,5 +155,6 @@ def block_list_name(transformer: nn.Module) -> str:
         if cls.__name__ in BLOCK_LISTS:
             return BLOCK_LISTS[cls.__name__]
     raise DitcacheError(
-        f"enable_cache: {type(transformer).__name__} is not a model ditcache knows. One of: {', '.join(BLOCK_LISTS)}"
+        f"enable_cache: {type(transformer).__name__} is not a model ditcache knows. "
+        f"One of: {', '.join(BLOCK_LISTS)}"
     )

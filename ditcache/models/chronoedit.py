@@ -1,4 +1,6 @@
-"""ChronoEdit (arXiv:2510.04290): image editing as a short video from the picture before to the picture after."""
+"""ChronoEdit (arXiv:2510.04290): image editing as a short video from the picture before to the
+picture after.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -15,7 +15,9 @@ class Wan(Model):
 
 @dataclass
 class WanImageToVideo(Model):
-    """Image to video: 20 conditioning channels beside the 16 noisy ones, and CLIP tokens in Wan2.1."""
+    """Image to video: 20 conditioning channels beside the 16 noisy ones, and CLIP tokens in
+    Wan2.1.
+    """
 
     pipeline: ClassVar[str] = "WanImageToVideoPipeline"
     needs_image: ClassVar[bool] = True

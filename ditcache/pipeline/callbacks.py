@@ -13,8 +13,8 @@ from torch import Tensor
 class Step:
     """One denoising step, after the scheduler has moved.
 
-    latents, velocity: [B, C, T, H, W]; assigning `latents` changes what the next step starts from. sigma: noise level the
-    step started at, 1 to 0. expert: the transformer that ran.
+    latents, velocity: [B, C, T, H, W]; assigning `latents` changes what the next step starts from.
+    sigma: noise level the step started at, 1 to 0. expert: the transformer that ran.
     """
 
     index: int

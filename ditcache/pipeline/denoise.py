@@ -1,4 +1,6 @@
-"""The denoising loop, written out. Bit for bit what diffusers' pipelines do, with the step in the open."""
+"""The denoising loop, written out. Bit for bit what diffusers' pipelines do, with the step in the
+open.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,17 @@ def denoise(
 ) -> Tensor:
     """Noise -> clean latents [B, C, T, H, W], by flow matching with classifier-free guidance.
 
-    guidance > 1 needs `inputs.text.uncond`. guidance_low: for the low-noise expert (None: the same). shift: of the flow
-    schedule (None: the checkpoint's).
+    guidance > 1 needs `inputs.text.uncond`. guidance_low: for the low-noise expert (None: the
+    same). shift: of the flow schedule (None: the checkpoint's).
     """
     original = bundle.pipe.scheduler
     scheduler = bundle.pipe.scheduler = make_scheduler(original, shift)
     scheduler.set_timesteps(steps, device=bundle.device)
     scheduler.set_begin_index(0)
     try:
-        return run_steps(bundle, inputs, scheduler, guidance, guidance_low or guidance, tuple(callbacks))
+        return run_steps(
+            bundle, inputs, scheduler, guidance, guidance_low or guidance, tuple(callbacks)
+        )
     finally:
         bundle.pipe.scheduler = original
         for transformer in bundle.experts.values():
@@ -43,11 +47,18 @@ def denoise(
 
 
 def run_steps(
-    bundle: Bundle, inputs: Inputs, scheduler: Any, guidance: float, guidance_low: float, callbacks: tuple[Callback, ...]
+    bundle: Bundle,
+    inputs: Inputs,
+    scheduler: Any,
+    guidance: float,
+    guidance_low: float,
+    callbacks: tuple[Callback, ...],
 ) -> Tensor:
     """The loop itself."""
     sigmas, timesteps = scheduler.sigmas.tolist(), scheduler.timesteps.tolist()
-    boundary = None if bundle.boundary is None else bundle.boundary * scheduler.config.num_train_timesteps
+    boundary = (
+        None if bundle.boundary is None else bundle.boundary * scheduler.config.num_train_timesteps
+    )
     latents = inputs.latents
     for index, timestep in enumerate(scheduler.timesteps):
         # 1) Which expert works at this noise level, and how strongly it is guided.
@@ -56,18 +67,32 @@ def run_steps(
         transformer = bundle.experts[expert]
 
         # 2) Velocity of the cond branch, and of the uncond branch where there is guidance.
-        conditioned = latents if inputs.condition is None else torch.cat([latents, inputs.condition], dim=1)
+        conditioned = (
+            latents if inputs.condition is None else torch.cat([latents, inputs.condition], dim=1)
+        )
         model_input = conditioned.to(transformer.dtype)
         where = {"step_index": index, "sigma": sigmas[index], "num_inference_steps": len(timesteps)}
-        velocity = run_branch("cond", transformer, model_input, timestep, inputs.text.cond, inputs.image, where)
+        velocity = run_branch(
+            "cond", transformer, model_input, timestep, inputs.text.cond, inputs.image, where
+        )
         if guidance > 1.0:
             assert inputs.text.uncond is not None
-            uncond = run_branch("uncond", transformer, model_input, timestep, inputs.text.uncond, inputs.image, where)
+            uncond = run_branch(
+                "uncond",
+                transformer,
+                model_input,
+                timestep,
+                inputs.text.uncond,
+                inputs.image,
+                where,
+            )
             velocity = uncond + strength * (velocity - uncond)
 
         # 3) One step down the noise schedule.
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        step = Step(index, len(timesteps), timesteps[index], sigmas[index], expert, latents, velocity)
+        step = Step(
+            index, len(timesteps), timesteps[index], sigmas[index], expert, latents, velocity
+        )
         for callback in callbacks:
             callback(step)
         latents = step.latents
@@ -75,16 +100,24 @@ def run_steps(
 
 
 def run_branch(
-    branch: str, transformer: nn.Module, model_input: Tensor, timestep: Tensor,
-    text: Tensor, image: Tensor | None, where: dict[str, Any],
-) -> Tensor:  # fmt: skip
+    branch: str,
+    transformer: nn.Module,
+    model_input: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    image: Tensor | None,
+    where: dict[str, Any],
+) -> Tensor:
     """One forward inside the branch's cache context -> velocity [B, C, T, H, W]."""
     extra = {} if image is None else {"encoder_hidden_states_image": image}
     with transformer.cache_context(branch, **where):  # type: ignore[operator]
         return transformer(
-            hidden_states=model_input, timestep=timestep.expand(model_input.shape[0]),
-            encoder_hidden_states=text, return_dict=False, **extra,
-        )[0]  # fmt: skip
+            hidden_states=model_input,
+            timestep=timestep.expand(model_input.shape[0]),
+            encoder_hidden_states=text,
+            return_dict=False,
+            **extra,
+        )[0]
 
 
 def make_scheduler(scheduler: Any, shift: float | None) -> Any:
@@ -93,14 +126,18 @@ def make_scheduler(scheduler: Any, shift: float | None) -> Any:
     if shift is not None:
         key = "flow_shift" if "flow_shift" in scheduler.config else "shift"
         if key not in scheduler.config:
-            raise ConfigError(f"shift: {type(scheduler).__name__} has no flow shift; set shift=null")
+            raise ConfigError(
+                f"shift: {type(scheduler).__name__} has no flow shift; set shift=null"
+            )
         settings[key] = shift
     return type(scheduler).from_config(scheduler.config, **settings)
 
 
 @torch.no_grad()
 def decode_latents(bundle: Bundle, latents: Tensor) -> Any:
-    """Clean latents -> float frames [T, H, W, 3] in 0..1 (numpy), as diffusers' pipelines return them."""
+    """Clean latents -> float frames [T, H, W, 3] in 0..1 (numpy), as diffusers' pipelines return
+    them.
+    """
     vae = bundle.pipe.vae
     latents = latents.to(bundle.device, vae.dtype)
     mean, spread = (

@@ -1,4 +1,6 @@
-"""Noise and conditioning for one video. Letters: B batch, C channels, T latent frames, H W latent height and width."""
+"""Noise and conditioning for one video. Letters: B batch, C channels, T latent frames, H W latent
+height and width.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ from ditcache.pipeline.text import TextStates
 class Inputs:
     """What the loop starts from.
 
-    latents [B, C, T, H, W] fp32 noise. condition [B, 20, T, H, W]: mask and picture latents beside the noisy channels, for
-    image-conditioned models. image [1, 257, D]: CLIP tokens, for those that have an image encoder.
+    latents [B, C, T, H, W] fp32 noise. condition [B, 20, T, H, W]: mask and picture latents beside
+    the noisy channels, for image-conditioned models. image [1, 257, D]: CLIP tokens, for those that
+    have an image encoder.
     """
 
     latents: Tensor
@@ -27,9 +30,18 @@ class Inputs:
 
 
 def draw_inputs(
-    bundle: Bundle, text: TextStates, *, height: int, width: int, num_frames: int, seed: int, picture: Any = None
+    bundle: Bundle,
+    text: TextStates,
+    *,
+    height: int,
+    width: int,
+    num_frames: int,
+    seed: int,
+    picture: Any = None,
 ) -> Inputs:
-    """Seeded noise (its own generator on the CPU, so the same on every device) and, given a picture, its conditioning."""
+    """Seeded noise (its own generator on the CPU, so the same on every device) and, given a
+    picture, its conditioning.
+    """
     pipe, generator = bundle.pipe, torch.Generator("cpu").manual_seed(seed)
     size = (height, width, num_frames, torch.float32, bundle.device, generator)
     if not bundle.model.needs_image:
@@ -37,6 +49,8 @@ def draw_inputs(
     tokens = None
     if pipe.transformer.config.image_dim is not None:
         tokens = pipe.encode_image(picture, bundle.device).to(pipe.transformer.dtype)
-    pixels = pipe.video_processor.preprocess(picture, height=height, width=width).to(bundle.device, torch.float32)
+    pixels = pipe.video_processor.preprocess(picture, height=height, width=width).to(
+        bundle.device, torch.float32
+    )
     latents, condition = pipe.prepare_latents(pixels, 1, pipe.vae.config.z_dim, *size)
     return Inputs(latents, text, condition, tokens)

@@ -44,8 +44,8 @@ class RenderSettings(Protocol):
 class Video:
     """A finished video and its record.
 
-    frames: float [T, H, W, 3] in 0..1. latents [1, C, T', H', W']. seconds: text, denoise, decode. trace: the cache's
-    decisions; without a cache, one computed unit per forward.
+    frames: float [T, H, W, 3] in 0..1. latents [1, C, T', H', W']. seconds: text, denoise, decode.
+    trace: the cache's decisions; without a cache, one computed unit per forward.
     """
 
     index: int
@@ -70,28 +70,44 @@ class Renderer:
         self.picture = open_picture(settings.image)
 
     def render(self, index: int, prompt: str, cache: CacheSettings) -> Video:
-        """One video. The cache is attached for this video only, so nothing can leak into the next."""
+        """One video. The cache is attached for this video only, so nothing can leak into the
+        next.
+        """
         s, clock = self.settings, Clock(self.bundle.device)
-        text = encode_text(self.bundle, prompt, negative_prompt=s.negative_prompt, guidance=s.guidance)
+        text = encode_text(
+            self.bundle, prompt, negative_prompt=s.negative_prompt, guidance=s.guidance
+        )
         clock.lap("text")
         s.store.reset_counters()
         attached = attach_settings(self.bundle, cache, s.store)
         watched = Trace() if cache.policy is None else None
         try:
             inputs = draw_inputs(
-                self.bundle, text, height=s.height, width=s.width,
-                num_frames=s.num_frames, seed=s.seed, picture=self.picture,
-            )  # fmt: skip
+                self.bundle,
+                text,
+                height=s.height,
+                width=s.width,
+                num_frames=s.num_frames,
+                seed=s.seed,
+                picture=self.picture,
+            )
 
             def watch(step: Step) -> None:
                 if watched is not None:
-                    watched.note_forwards(step.index, step.expert, guided=s.guidance > 1, blocks=self.num_blocks)
+                    watched.note_forwards(
+                        step.index, step.expert, guided=s.guidance > 1, blocks=self.num_blocks
+                    )
                 self.on_step(cache.name, index, step, watched or attached.trace)
 
             latents = denoise(
-                self.bundle, inputs, steps=s.steps, guidance=s.guidance, guidance_low=s.guidance_low,
-                shift=s.shift, callbacks=[watch],
-            )  # fmt: skip
+                self.bundle,
+                inputs,
+                steps=s.steps,
+                guidance=s.guidance,
+                guidance_low=s.guidance_low,
+                shift=s.shift,
+                callbacks=[watch],
+            )
             clock.lap("denoise")
         finally:
             disable_cache(self.bundle)
@@ -99,23 +115,39 @@ class Renderer:
         clock.lap("decode")
         counters = s.store.stats()
         return Video(
-            index, prompt, cache.name, frames, latents.cpu(), clock.seconds,
-            watched or attached.trace, counters["bytes_peak"], counters,
-        )  # fmt: skip
+            index,
+            prompt,
+            cache.name,
+            frames,
+            latents.cpu(),
+            clock.seconds,
+            watched or attached.trace,
+            counters["bytes_peak"],
+            counters,
+        )
 
     @property
     def num_blocks(self) -> int:
         return len(self.bundle.pipe.transformer.blocks)
 
     def warm_up(self) -> None:
-        """Two untimed steps and a decode, so that the first timed video does not pay for the process's start."""
+        """Two untimed steps and a decode, so that the first timed video does not pay for the
+        process's start.
+        """
         s = self.settings
         text = encode_text(self.bundle, "", negative_prompt=s.negative_prompt, guidance=s.guidance)
         inputs = draw_inputs(
-            self.bundle, text, height=s.height, width=s.width,
-            num_frames=s.num_frames, seed=s.seed, picture=self.picture,
-        )  # fmt: skip
-        decode_latents(self.bundle, denoise(self.bundle, inputs, steps=2, guidance=s.guidance, shift=s.shift))
+            self.bundle,
+            text,
+            height=s.height,
+            width=s.width,
+            num_frames=s.num_frames,
+            seed=s.seed,
+            picture=self.picture,
+        )
+        decode_latents(
+            self.bundle, denoise(self.bundle, inputs, steps=2, guidance=s.guidance, shift=s.shift)
+        )
 
 
 class Clock:

@@ -19,11 +19,17 @@ class TextStates:
     uncond: Tensor | None
 
 
-def encode_text(bundle: Bundle, prompt: str, *, negative_prompt: str, guidance: float) -> TextStates:
+def encode_text(
+    bundle: Bundle, prompt: str, *, negative_prompt: str, guidance: float
+) -> TextStates:
     """One prompt -> embeddings of both branches; the uncond branch exists only for guidance > 1."""
     cond, uncond = bundle.pipe.encode_prompt(
-        prompt=prompt, negative_prompt=negative_prompt, do_classifier_free_guidance=guidance > 1.0,
-        num_videos_per_prompt=1, max_sequence_length=MAX_TOKENS, device=bundle.device,
-    )  # fmt: skip
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        do_classifier_free_guidance=guidance > 1.0,
+        num_videos_per_prompt=1,
+        max_sequence_length=MAX_TOKENS,
+        device=bundle.device,
+    )
     dtype = bundle.pipe.transformer.dtype
     return TextStates(cond.to(dtype), None if uncond is None else uncond.to(dtype))

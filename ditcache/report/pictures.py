@@ -1,4 +1,6 @@
-"""Pictures of a run: the strip of computed and skipped steps, contact sheets, captioned side-by-side video."""
+"""Pictures of a run: the strip of computed and skipped steps, contact sheets, captioned
+side-by-side video.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ def font(size: int = 12) -> Any:
 
 
 def cache_map(rows: Iterable[Mapping[str, Any]]) -> np.ndarray:
-    """Decisions (lines of steps.jsonl) -> uint8 picture: a strip per video, expert, branch and unit, a cell per step.
+    """Decisions (lines of steps.jsonl) -> uint8 picture: a strip per video, expert, branch and
+    unit, a cell per step.
 
     A full cell was computed; an empty one with a dot was skipped.
     """
@@ -50,17 +53,25 @@ def strip_name(key: tuple) -> str:
     return f"video {video}  {expert}  {branch}  unit {unit}"
 
 
-def contact_sheet(entries: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], upscale: int = 2) -> np.ndarray:
-    """(caption, [(label, frames [T, H, W, 3] in 0..1), ...]) per video -> uint8 picture, seven frames a row.
+def contact_sheet(
+    entries: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], upscale: int = 2
+) -> np.ndarray:
+    """(caption, [(label, frames [T, H, W, 3] in 0..1), ...]) per video -> uint8 picture, seven
+    frames a row.
 
     With two rows a third shows their difference, eight times enlarged in brightness.
     """
     blocks = []
     for caption, rows in entries:
-        strips = [(label, frames[np.linspace(0, len(frames) - 1, 7).round().astype(int)]) for label, frames in rows]
+        strips = [
+            (label, frames[np.linspace(0, len(frames) - 1, 7).round().astype(int)])
+            for label, frames in rows
+        ]
         if len(strips) == 2:
             strips.append(("difference x 8", np.abs(strips[1][1] - strips[0][1]) * 8))
-        pictures = [labelled(label, np.concatenate(list(to_uint8(f, upscale)), 1)) for label, f in strips]
+        pictures = [
+            labelled(label, np.concatenate(list(to_uint8(f, upscale)), 1)) for label, f in strips
+        ]
         blocks.append(captioned(np.concatenate(pictures, 0), caption))
     width = max(block.shape[1] for block in blocks)
     return np.concatenate([pad_width(block, width) for block in blocks], 0)
@@ -77,7 +88,9 @@ def captioned(picture: np.ndarray, caption: str) -> np.ndarray:
     """A picture with its caption above, wrapped to its width."""
     lines = wrap(caption, picture.shape[1] - 2 * MARGIN)
     bar = Image.new("RGB", (picture.shape[1], MARGIN + LINE * len(lines)), PAPER)
-    ImageDraw.Draw(bar).multiline_text((MARGIN, MARGIN // 2), "\n".join(lines), INK, font(13), spacing=4)
+    ImageDraw.Draw(bar).multiline_text(
+        (MARGIN, MARGIN // 2), "\n".join(lines), INK, font(13), spacing=4
+    )
     return np.concatenate([np.asarray(bar), picture], 0)
 
 
@@ -98,12 +111,22 @@ def pad_width(picture: np.ndarray, width: int) -> np.ndarray:
 
 
 def side_by_side(caption: str, rows: Sequence[tuple[str, np.ndarray]], upscale: int) -> np.ndarray:
-    """Videos [T, H, W, 3] in 0..1 next to each other, each under its label, all under one caption; float in 0..1."""
+    """Videos [T, H, W, 3] in 0..1 next to each other, each under its label, all under one caption;
+    float in 0..1.
+    """
     videos = [(label, to_uint8(frames, upscale)) for label, frames in rows]
-    heads = [captioned(np.zeros((0, video.shape[2], 3), np.uint8), label) for label, video in videos]
+    heads = [
+        captioned(np.zeros((0, video.shape[2], 3), np.uint8), label) for label, video in videos
+    ]
     height = max(head.shape[0] for head in heads)
-    heads = [np.pad(h, ((0, height - h.shape[0]), (0, 0), (0, 0)), constant_values=PAPER[0]) for h in heads]
+    heads = [
+        np.pad(h, ((0, height - h.shape[0]), (0, 0), (0, 0)), constant_values=PAPER[0])
+        for h in heads
+    ]
     head = np.concatenate(heads, 1)
     title = captioned(head, caption)
-    frames = [np.concatenate([title, np.concatenate([v[t] for _, v in videos], 1)], 0) for t in range(len(videos[0][1]))]
+    frames = [
+        np.concatenate([title, np.concatenate([v[t] for _, v in videos], 1)], 0)
+        for t in range(len(videos[0][1]))
+    ]
     return np.stack(frames).astype(np.float32) / 255

@@ -38,11 +38,18 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Strict JSON: infinity and NaN become null."""
-    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(
+        path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    write_text(
+        path,
+        "".join(
+            json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows
+        ),
+    )
 
 
 def finite(value: Any) -> Any:

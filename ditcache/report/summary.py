@@ -22,29 +22,47 @@ SHEET_VIDEOS = 8
 
 
 def write_run(
-    folder: Path, settings: GenerateSettings, videos: Sequence[Video], baselines: Sequence[Video], names: dict[str, str]
+    folder: Path,
+    settings: GenerateSettings,
+    videos: Sequence[Video],
+    baselines: Sequence[Video],
+    names: dict[str, str],
 ) -> dict[str, Any]:
     """Write videos, pictures, steps.jsonl and metrics.json into `folder`; returns the metrics.
 
-    names: the options chosen for `model` and `cache`. baselines: the same prompts without cache, or nothing.
+    names: the options chosen for `model` and `cache`. baselines: the same prompts without cache, or
+    nothing.
     """
     rows = [{"video": video.index, **row} for video in videos for row in video.trace.rows()]
     write_jsonl(folder / "steps.jsonl", rows)
     write_png(folder / "cache_map.png", pictures.cache_map(rows))
     entries = []
     for index, video in enumerate(videos):
-        write_mp4(folder / f"video-{index:03d}.mp4", video.frames, fps=settings.fps, upscale=settings.upscale)
+        write_mp4(
+            folder / f"video-{index:03d}.mp4",
+            video.frames,
+            fps=settings.fps,
+            upscale=settings.upscale,
+        )
         shown = [(label(names["cache"], video), video.frames)]
         if baselines:
             base = baselines[index]
-            write_mp4(folder / f"baseline-{index:03d}.mp4", base.frames, fps=settings.fps, upscale=settings.upscale)
+            write_mp4(
+                folder / f"baseline-{index:03d}.mp4",
+                base.frames,
+                fps=settings.fps,
+                upscale=settings.upscale,
+            )
             shown.insert(0, (label("no cache", base), base.frames))
             pair = pictures.side_by_side(video.prompt, shown, settings.upscale)
             write_mp4(folder / f"compare-{index:03d}.mp4", pair, fps=settings.fps)
         if settings.save_latents:
             save_latents(folder / f"latents-{index:03d}.safetensors", video)
         entries.append((video.prompt, shown))
-    write_png(folder / "contact_sheet.png", pictures.contact_sheet(entries[:SHEET_VIDEOS], min(settings.upscale, 2)))
+    write_png(
+        folder / "contact_sheet.png",
+        pictures.contact_sheet(entries[:SHEET_VIDEOS], min(settings.upscale, 2)),
+    )
     metrics = measure(settings, videos, baselines, names)
     write_json(folder / "metrics.json", metrics)
     return metrics
@@ -63,9 +81,14 @@ def save_latents(path: Path, video: Video) -> None:
 
 
 def measure(
-    settings: GenerateSettings, videos: Sequence[Video], baselines: Sequence[Video], names: dict[str, str]
+    settings: GenerateSettings,
+    videos: Sequence[Video],
+    baselines: Sequence[Video],
+    names: dict[str, str],
 ) -> dict[str, Any]:
-    """metrics.json: sums over videos, per-video entries, and against baselines quality and speed-up."""
+    """metrics.json: sums over videos, per-video entries, and against baselines quality and
+    speed-up.
+    """
     units = sum(len(video.trace.decisions) for video in videos)
     blocks = sum(video.trace.blocks for video in videos)
     computed = sum(video.trace.blocks_computed for video in videos)
@@ -92,7 +115,10 @@ def measure(
     if baselines:
         for one, video, base in zip(metrics["video"], videos, baselines, strict=True):
             one["quality"] = quality(base, video)
-            one["speedup"] = {"denoise": speedup(base, video, ("denoise",)), "total": speedup(base, video, PARTS)}
+            one["speedup"] = {
+                "denoise": speedup(base, video, ("denoise",)),
+                "total": speedup(base, video, PARTS),
+            }
         metrics["baseline"] = {"timing": timing(baselines)}
         metrics["quality"] = overall([one["quality"] for one in metrics["video"]])
         metrics["speedup"] = {
@@ -169,7 +195,10 @@ def print_summary(folder: Path, metrics: dict[str, Any]) -> None:
     console.print(table)
     if compared:
         bound = metrics["speedup"]["bound"]
-        console.print(f"computed: share of blocks, which allows {bound:.2f}x; worst: frame; raw frames, no cache = reference")
+        console.print(
+            f"computed: share of blocks run, which allows {bound:.2f}x; worst: worst frame"
+        )
+        console.print("PSNR and SSIM on raw frames, against the same prompt and seed without cache")
     console.print(str(folder), style="bold", highlight=False, soft_wrap=True)
 
 

@@ -44,9 +44,12 @@ class DeviceStore(Store):
 
     def stats(self) -> dict[str, int]:
         return {
-            "entries": len(self.entries), "bytes": self.held, "bytes_peak": self.peak,
-            "hits": self.hits, "misses": self.misses,
-        }  # fmt: skip
+            "entries": len(self.entries),
+            "bytes": self.held,
+            "bytes_peak": self.peak,
+            "hits": self.hits,
+            "misses": self.misses,
+        }
 
     def reset_counters(self) -> None:
         self.peak, self.hits, self.misses = self.held, 0, 0

@@ -1,4 +1,4 @@
-"""CARD.md of a zoo member, written from its training logs and evaluation so that no number is typed by hand."""
+"""CARD.md of a zoo member, filled from training logs and evaluation so that no number is typed."""
 
 import json
 import platform
@@ -9,86 +9,56 @@ import torch
 
 from zoo import judge, world
 
+TEMPLATE = Path(__file__).with_name("card_template.md")
 STAGES = ("vae", "dit", "decoder")
 
 
-def last_line(path: Path) -> dict:
-    return json.loads(path.read_text().splitlines()[-1])
-
-
-def text(model: Path, logs: Path, results: dict) -> str:
-    """Markdown. logs: the training folder with one jsonl per stage."""
-    size = sum(p.stat().st_size for p in model.rglob("*") if p.is_file() and p.suffix != ".png")
-    stages = {stage: last_line(logs / f"{stage}.jsonl") for stage in STAGES}
-    scores = results["scores"]
-    table = "\n".join(
-        f"| {name} | " + " | ".join(f"{r}/{n} ({100 * r / n:.1f} %)" for r, n in row.values()) + " |"
-        for name, row in scores.items()
+def text(model: Path, logs: Path, results: dict, **settings: str) -> str:
+    """Markdown. logs: the training folder, one jsonl per stage. settings: what the recipe fixes."""
+    curves = {stage: read_lines(logs / f"{stage}.jsonl") for stage in STAGES}
+    files = [p for p in model.rglob("*") if p.suffix in (".safetensors", ".json")]
+    return TEMPLATE.read_text().format(
+        megabytes=f"{sum(p.stat().st_size for p in files) / 1e6:.2f}",
+        side=world.HEIGHT,
+        num_frames=world.NUM_FRAMES,
+        num_shapes=len(world.SHAPES),
+        num_colours=len(world.OBJECT_COLOURS),
+        num_backgrounds=len(world.BACKGROUNDS),
+        num_textures=len(world.TEXTURES),
+        num_directions=len(world.DIRECTIONS),
+        textured=f"{100 * results['textured']:.0f}",
+        machine=platform.machine(),
+        torch=torch.__version__,
+        qualities=" | ".join(judge.QUALITIES),
+        stages="\n".join(stage_row(stage, lines[-1]) for stage, lines in curves.items()),
+        probes="\n".join(probe_row(line) for line in curves["dit"] if "shape" in line),
+        captions=results["captions"],
+        eval_seed=results["seed"],
+        scores="\n".join(score_row(name, row) for name, row in results["scores"].items()),
+        vae_psnr=f"{results['vae_psnr']:.2f}",
+        vae_psnr_worst=f"{results['vae_psnr_worst']:.2f}",
+        **settings,
     )
-    training = "\n".join(
-        f"| {stage} | {line['step']} | {line['seconds'] / 60:.0f} min | {line['loss']:.4f} | "
-        f"{json.dumps({k: v for k, v in line.items() if k not in ('step', 'seconds', 'loss')})} |"
-        for stage, line in stages.items()
-    )
-    curve = [json.loads(line) for line in (logs / "dit.jsonl").read_text().splitlines()]
-    probes = "\n".join(
-        f"| {line['step']} | {line['loss']:.4f} | " + " | ".join(f"{line[q]:.2f}" for q in judge.QUALITIES) + " |"
-        for line in curve
-        if "shape" in line
-    )
-    return f"""# wan-tiny
 
-A Wan text-to-video pipeline of {size / 1e6:.2f} MB in diffusers' layout: `WanTransformer3DModel` (8 layers, width 160),
-`AutoencoderKLWan` (4x8x8 to 16 channels), `UMT5EncoderModel` with its own tokenizer, UniPC on flow sigmas with shift 3.
-Trained for this project on a procedural world. It exists so that figures about caches mean something on a laptop; it
-draws nothing but one object moving over a textured background.
 
-```python
-from diffusers import WanPipeline
-pipe = WanPipeline.from_pretrained("ditcache/zoo/wan-tiny")
-pipe("a red star moves left on a striped blue background", height=64, width=64, num_frames=17,
-     num_inference_steps=24, guidance_scale=4.0)
-```
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
-![captions and frames](sample.png)
 
-## Data
-`scripts/zoo/world.py`: {world.HEIGHT}x{world.WIDTH} pixels, {world.NUM_FRAMES} frames; {len(world.SHAPES)} shapes,
-{len(world.OBJECT_COLOURS)} object colours, {len(world.BACKGROUNDS)} background colours, {len(world.TEXTURES)} textures,
-{len(world.DIRECTIONS)} directions; {100 * results["textured"]:.0f} % of the evaluated backgrounds are textured, none is flat.
-Captions vary in verb and article, some omit the texture or the background, one in twelve holds stray letters.
+def stage_row(stage: str, line: dict) -> str:
+    probe = ", ".join(f"{name} {value}" for name, value in list(line.items())[3:])
+    minutes = f"{line['seconds'] / 60:.0f} min"
+    return f"| {stage} | {line['step']} | {minutes} | {line['loss']:.4f} | {probe} |"
 
-## Recipe
-`python scripts/train_zoo.py` (seed 20261120, two CPU processes, {platform.machine()}, torch {torch.__version__}).
-VAE: random crops chosen for motion, L1 + 2 MSE + edge L1 + KL. DiT: flow matching on latents of 24,000 clips, caption
-dropout 10 %, sigma three quarters logit-normal shifted by 3 and one quarter uniform, Muon and AdamW, EMA .998, batch 64.
-Decoder: continued on whole clips with slightly noisy latents. Data are addressed by (seed, stage, step, process), so a
-resumed run equals an uninterrupted one on the same number of processes.
 
-| stage | steps | time | last loss (mean of 50 steps) | last probe |
-|---|---|---|---|---|
-{training}
+def probe_row(line: dict) -> str:
+    shares = " | ".join(f"{line[quality]:.2f}" for quality in judge.QUALITIES)
+    return f"| {line['step']} | {line['loss']:.4f} | {shares} |"
 
-| DiT step | flow loss | {" | ".join(judge.QUALITIES)} |
-|---|---|---|---|---|---|
-{probes}
 
-(24 captions a probe, during training.)
-
-## Accuracy
-`python scripts/eval_zoo.py --captions {results["captions"]} --seed {results["seed"]}`: captions drawn afresh, 24 steps,
-guidance 4, read back from decoded frames by `scripts/zoo/judge.py`. The first row calibrates the judge.
-
-| | {" | ".join(judge.QUALITIES)} |
-|---|---|---|---|---|
-{table}
-
-VAE on the same clips, encode and decode through diffusers: {results["vae_psnr"]:.2f} dB mean,
-{results["vae_psnr_worst"]:.2f} dB worst clip.
-
-Limits: trained at one size and length; other sizes run, but objects are drawn less reliably.
-Licence: Apache-2.0, like the code; no outside data.
-"""
+def score_row(name: str, row: dict) -> str:
+    cells = " | ".join(f"{right}/{n} ({100 * right / n:.1f} %)" for right, n in row.values())
+    return f"| {name} | {cells} |"
 
 
 def sample_picture(scenes: list[world.Scene], videos: np.ndarray, count: int = 12) -> np.ndarray:
@@ -101,6 +71,7 @@ def sample_picture(scenes: list[world.Scene], videos: np.ndarray, count: int = 1
         frames = to_uint8(video[np.linspace(0, len(video) - 1, 5).round().astype(int)], 2)
         blocks.append(captioned(np.concatenate(list(frames), 1), scene.caption))
     height = max(block.shape[0] for block in blocks)
-    blocks = [np.pad(b, ((0, height - b.shape[0]), (0, 8), (0, 0)), constant_values=250) for b in blocks]
-    rows = [np.concatenate(blocks[i : i + 2], 1) for i in range(0, len(blocks), 2)]
+    padding = [((0, height - b.shape[0]), (0, 8), (0, 0)) for b in blocks]
+    padded = [np.pad(b, pad, constant_values=250) for b, pad in zip(blocks, padding, strict=True)]
+    rows = [np.concatenate(padded[i : i + 2], 1) for i in range(0, len(padded), 2)]
     return np.concatenate(rows, 0)

@@ -21,26 +21,40 @@ TEXT_TOKENS = 28  # longest caption kept in training
 def make_transformer() -> WanTransformer3DModel:
     """Random weights; head size 32 keeps the rotary split exact for later members of the family."""
     return WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=5, attention_head_dim=32, in_channels=vae.CHANNELS,
-        out_channels=vae.CHANNELS, text_dim=text.DIM, freq_dim=128, ffn_dim=384, num_layers=8, rope_max_seq_len=128,
-    )  # fmt: skip
+        patch_size=(1, 2, 2),
+        num_attention_heads=5,
+        attention_head_dim=32,
+        in_channels=vae.CHANNELS,
+        out_channels=vae.CHANNELS,
+        text_dim=text.DIM,
+        freq_dim=128,
+        ffn_dim=384,
+        num_layers=8,
+        rope_max_seq_len=128,
+    )
 
 
 class TrainingAttention:
     """The blocks' attention, made cheap to train on a CPU. `bias` is set per batch.
 
-    Cross-attention sees the caption and ONE padding token that stands for `K` of them by a bias of log K, [B, 1, 1, L + 1]:
-    `WanPipeline` pads prompts with zero embeddings and attends to all of them; equal keys share one softmax weight, so
-    this is the same function at a tenth of the cost. Products are written out because the fused CPU kernel's backward
-    takes most of a step at these sizes.
+    Cross-attention sees the caption and ONE padding token that stands for `K` of them by a bias of
+    log K, [B, 1, 1, L + 1]: `WanPipeline` pads prompts with zero embeddings and attends to all of
+    them; equal keys share one softmax weight, so this is the same function at a tenth of the cost.
+    Products are written out because the fused CPU kernel's backward takes most of a step at these
+    sizes.
     """
 
     bias: torch.Tensor | None = None
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, rotary_emb=None):
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states, attention_mask=None, rotary_emb=None
+    ):
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source))
-        query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, attn.to_v(source)))
+        query, key, value = (
+            x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for x in (query, key, attn.to_v(source))
+        )
         if rotary_emb is not None:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
         scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
@@ -66,7 +80,9 @@ class Denoiser(nn.Module):
         self.text_encoder: UMT5EncoderModel = text.make_text_encoder(len(tokenizer))
 
     def use_training_attention(self) -> TrainingAttention:
-        """Switch the blocks to the one-padding-token form; returns the processor that holds the bias."""
+        """Switch the blocks to the one-padding-token form; returns the processor that holds the
+        bias.
+        """
         processor = TrainingAttention()
         for block in self.transformer.blocks:
             block.attn1.set_processor(processor)
@@ -74,14 +90,18 @@ class Denoiser(nn.Module):
         return processor
 
     def text_states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """token ids [B, L] -> embeddings [B, L + 1, D]; padding and the extra last position are zero."""
+        """token ids [B, L] -> embeddings [B, L + 1, D]; padding and the extra last position are
+        zero.
+        """
         mask = tokens != 0
         states = self.text_encoder(tokens, mask.long()).last_hidden_state * mask[..., None]
         return F.pad(states, (0, 0, 0, 1))
 
 
 def padding_bias(tokens: torch.Tensor, padded_to: torch.Tensor) -> torch.Tensor:
-    """Additive attention bias [B, 1, 1, L + 1] for captions `tokens` [B, L] padded to `padded_to` [B] tokens."""
+    """Additive attention bias [B, 1, 1, L + 1] for captions `tokens` [B, L] padded to `padded_to`
+    [B] tokens.
+    """
     real = tokens != 0
     count = (padded_to - real.sum(1)).clamp_min(1).float().log()
     bias = torch.where(real, 0.0, -math.inf)
@@ -91,7 +111,8 @@ def padding_bias(tokens: torch.Tensor, padded_to: torch.Tensor) -> torch.Tensor:
 def add_stray_words(
     tokens: torch.Tensor, rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast
 ) -> torch.Tensor:
-    """Into one caption of twelve, insert a few letters or words that mean nothing here, so that they mean nothing.
+    """Into one caption of twelve, insert a few letters or words that mean nothing here, so that
+    they mean nothing.
 
     tokens [B, L] is edited in place; the caption keeps its end token.
     """
@@ -109,21 +130,33 @@ def add_stray_words(
 @cache
 def caption_words(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """Ids of the words that do mean something."""
-    meaningful = [*world.OBJECT_COLOURS, *world.BACKGROUNDS, *world.TEXTURES, *world.SHAPES, *world.DIRECTIONS]
+    meaningful = [
+        *world.OBJECT_COLOURS,
+        *world.BACKGROUNDS,
+        *world.TEXTURES,
+        *world.SHAPES,
+        *world.DIRECTIONS,
+    ]
     return torch.tensor(tokenizer.convert_tokens_to_ids([f"▁{word}" for word in meaningful]))
 
 
 def draw_sigma(rng: np.random.Generator, count: int) -> torch.Tensor:
-    """Three quarters logit-normal shifted by 3 (the shift used in sampling), one quarter uniform."""
+    """Three quarters logit-normal shifted by 3 (the shift used in sampling), one quarter
+    uniform.
+    """
     normal = 1 / (1 + np.exp(-rng.standard_normal(count)))
     shifted = 3 * normal / (1 + 2 * normal)
     return torch.from_numpy(np.where(rng.random(count) < 0.25, rng.random(count), shifted)).float()
 
 
 def flow_loss(
-    model: Denoiser, attention: TrainingAttention, latents: torch.Tensor, tokens: torch.Tensor,
-    sigma: torch.Tensor, padded_to: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
+    model: Denoiser,
+    attention: TrainingAttention,
+    latents: torch.Tensor,
+    tokens: torch.Tensor,
+    sigma: torch.Tensor,
+    padded_to: torch.Tensor,
+) -> torch.Tensor:
     """Mean squared error of the velocity `noise - latents` at `sigma` [B]; bf16 autocast."""
     attention.bias = padding_bias(tokens, padded_to)
     noise = torch.randn_like(latents)

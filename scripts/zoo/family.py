@@ -1,4 +1,6 @@
-"""Puts trained parts together as an ordinary diffusers pipeline, in memory or as the folder that ships."""
+"""Puts trained parts together as an ordinary diffusers pipeline, in memory or as the folder that
+ships.
+"""
 
 from pathlib import Path
 
@@ -13,13 +15,22 @@ from zoo.dit import Denoiser
 STEPS, GUIDANCE, FLOW_SHIFT = 24, 4.0, 3.0
 
 
-def make_pipeline(denoiser: Denoiser, vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerFast) -> WanPipeline:
-    """The settings of the published Wan2.1 pipelines: UniPC on flow sigmas, shift 3 for small frames."""
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT)
+def make_pipeline(
+    denoiser: Denoiser, vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerFast
+) -> WanPipeline:
+    """The settings of the published Wan2.1 pipelines: UniPC on flow sigmas, shift 3 for small
+    frames.
+    """
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
+    )
     pipe = WanPipeline(
-        tokenizer=tokenizer, text_encoder=denoiser.text_encoder, vae=vae,
-        scheduler=scheduler, transformer=denoiser.transformer,
-    )  # fmt: skip
+        tokenizer=tokenizer,
+        text_encoder=denoiser.text_encoder,
+        vae=vae,
+        scheduler=scheduler,
+        transformer=denoiser.transformer,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -32,10 +43,16 @@ def generate(pipe: WanPipeline, captions: list[str], *, seed: int, batch: int = 
         generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
         videos.append(
             pipe(
-                part, height=world.HEIGHT, width=world.WIDTH, num_frames=world.NUM_FRAMES, num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE, generator=generators, output_type="np",
+                part,
+                height=world.HEIGHT,
+                width=world.WIDTH,
+                num_frames=world.NUM_FRAMES,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                generator=generators,
+                output_type="np",
             ).frames
-        )  # fmt: skip
+        )
     return np.concatenate(videos)
 
 
@@ -49,9 +66,11 @@ def caption_following(pipe: WanPipeline, *, seed: int, count: int) -> dict[str, 
 
 
 def export(pipe: WanPipeline, folder: Path) -> int:
-    """Write the diffusers folder: transformer and VAE as fp16, the text encoder as fp32. Returns bytes.
+    """Write the diffusers folder: transformer and VAE as fp16, the text encoder as fp32. Returns
+    bytes.
 
-    fp32 for the text encoder because transformers loads a checkpoint in its stored dtype unless told otherwise.
+    fp32 for the text encoder because transformers loads a checkpoint in its stored dtype unless
+    told otherwise.
     """
     pipe.transformer.half()
     pipe.vae.half()

@@ -1,6 +1,8 @@
-"""Reads colour, shape, background and direction back from frames. Plain image arithmetic, no learned parts.
+"""Reads colour, shape, background and direction back from frames. Plain image arithmetic, no
+learned parts.
 
-Calibrated first on true clips (`scripts/eval_zoo.py`), where it must be right, before it judges any model.
+Calibrated first on true clips (`scripts/eval_zoo.py`), where it must be right, before it judges any
+model.
 """
 
 from dataclasses import dataclass
@@ -66,11 +68,17 @@ def unit_shape(shape: str) -> tuple[float, float, float]:
     """Area / radius^2 and centroid / radius of a shape, measured once on a large drawing."""
     ys, xs = np.mgrid[-60:60, -60:60] + 0.5
     cover = world.coverage(shape, xs, ys, 40.0)
-    return cover.sum() / 1600, (cover * xs).sum() / cover.sum() / 40, (cover * ys).sum() / cover.sum() / 40
+    return (
+        cover.sum() / 1600,
+        (cover * xs).sum() / cover.sum() / 40,
+        (cover * ys).sum() / cover.sum() / 40,
+    )
 
 
 def read_shape(alpha: np.ndarray) -> str:
-    """The shape whose drawing of equal area at the mask's centroid differs least, summed over every second frame."""
+    """The shape whose drawing of equal area at the mask's centroid differs least, summed over every
+    second frame.
+    """
     ys, xs = np.mgrid[0 : alpha.shape[1], 0 : alpha.shape[2]] + 0.5
     track, error = centroids(alpha), dict.fromkeys(world.SHAPES, 0.0)
     for frame in range(0, len(alpha), 2):
@@ -81,7 +89,9 @@ def read_shape(alpha: np.ndarray) -> str:
             unit_area, cx, cy = unit_shape(shape)
             radius = np.sqrt(area / unit_area)
             x, y = xs - track[frame, 0] + cx * radius, ys - track[frame, 1] + cy * radius
-            error[shape] += float(np.abs(world.coverage(shape, x, y, radius) - alpha[frame]).sum() / area)
+            error[shape] += float(
+                np.abs(world.coverage(shape, x, y, radius) - alpha[frame]).sum() / area
+            )
     return min(error, key=lambda shape: error[shape])
 
 

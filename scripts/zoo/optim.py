@@ -1,4 +1,6 @@
-"""Muon for matrices, AdamW for the rest, and a cosine or trapezoid learning rate. Shared by all zoo stages."""
+"""Muon for matrices, AdamW for the rest, and a cosine or trapezoid learning rate. Shared by all zoo
+stages.
+"""
 
 import math
 from collections.abc import Iterable
@@ -8,12 +10,21 @@ from torch import nn
 
 
 class MatrixAdam:
-    """Two torch optimisers behind one step: Muon on every weight of two or more dimensions, AdamW on the others.
+    """Two torch optimisers behind one step: Muon on every weight of two or more dimensions, AdamW
+    on the others.
 
-    Convolution weights enter Muon as [out, in * kernel] views that share storage with the parameter.
+    Convolution weights enter Muon as [out, in * kernel] views that share storage with the
+    parameter.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], *, muon_lr: float, adam_lr: float, weight_decay: float):
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        *,
+        muon_lr: float,
+        adam_lr: float,
+        weight_decay: float,
+    ):
         self.matrices: list[tuple[nn.Parameter, nn.Parameter]] = []
         vectors = []
         for name, parameter in named:
@@ -24,8 +35,11 @@ class MatrixAdam:
                 vectors.append(parameter)
         self.muon = torch.optim.Muon(
             [view for _, view in self.matrices],
-            lr=muon_lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw",
-        )  # fmt: skip
+            lr=muon_lr,
+            weight_decay=weight_decay,
+            momentum=0.95,
+            adjust_lr_fn="match_rms_adamw",
+        )
         self.adam = torch.optim.AdamW(vectors, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
         self.base = {"muon": muon_lr, "adam": adam_lr}
 
@@ -57,7 +71,9 @@ def cosine(progress: float, *, warmup: float = 0.01) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def trapezoid(progress: float, *, warmup: float = 0.01, flat_until: float = 0.45, floor: float = 0.02) -> float:
+def trapezoid(
+    progress: float, *, warmup: float = 0.01, flat_until: float = 0.45, floor: float = 0.02
+) -> float:
     """Linear warm-up, constant to `flat_until`, then linear down to `floor`."""
     if progress < warmup:
         return progress / warmup

@@ -1,7 +1,8 @@
-"""What every training stage shares: one or several processes, step-addressed randomness, checkpoints, a log.
+"""What every training stage shares: one or several processes, step-addressed randomness,
+checkpoints, a log.
 
-Several processes: `torchrun --nproc-per-node 2 scripts/train_zoo.py ...`. A step's data depend on (seed, stage, step, rank)
-only, so a resumed run sees what an uninterrupted one would have seen.
+Several processes: `torchrun --nproc-per-node 2 scripts/train_zoo.py ...`. A step's data depend on
+(seed, stage, step, rank) only, so a resumed run sees what an uninterrupted one would have seen.
 """
 
 import json
@@ -22,7 +23,9 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 
 def start_processes(device: str) -> torch.device:
-    """Join the process group if torchrun started several processes; one GPU or one CPU thread share each."""
+    """Join the process group if torchrun started several processes; one GPU or one CPU thread share
+    each.
+    """
     if PROCESSES > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // PROCESSES))
@@ -36,7 +39,9 @@ def barrier() -> None:
 
 
 def step_rng(seed: int, stage: str, step: int) -> np.random.Generator:
-    """numpy generator of one step on this process; also seeds torch, for noise drawn on the device."""
+    """numpy generator of one step on this process; also seeds torch, for noise drawn on the
+    device.
+    """
     key = [seed, zlib.crc32(stage.encode()), step, RANK]
     rng = np.random.default_rng(key)
     torch.manual_seed(int(rng.integers(2**62)))
@@ -72,9 +77,11 @@ def fit(
     evaluate: Callable[[], dict[str, float]] | None = None,
     eval_every: int = 2000,
 ) -> None:
-    """Run `loss_of(rng, progress)` and update until `steps`; resumes from `folder/<stage>.pt` if it is there.
+    """Run `loss_of(rng, progress)` and update until `steps`; resumes from `folder/<stage>.pt` if it
+    is there.
 
-    Writes one JSON line per `log_every` steps to `folder/<stage>.jsonl`, with the seconds spent over all resumptions.
+    Writes one JSON line per `log_every` steps to `folder/<stage>.jsonl`, with the seconds spent
+    over all resumptions.
     """
     checkpoint, log = folder / f"{stage}.pt", folder / f"{stage}.jsonl"
     first, before = 0, 0.0
@@ -85,7 +92,11 @@ def fit(
         if ema is not None:
             ema.load_state_dict(state["ema"])
         first, before = state["step"], state["seconds"]
-        log.write_text("".join(x + "\n" for x in log.read_text().splitlines() if json.loads(x)["step"] <= first))
+        log.write_text(
+            "".join(
+                x + "\n" for x in log.read_text().splitlines() if json.loads(x)["step"] <= first
+            )
+        )
     parameters = [p for p in model.parameters() if p.requires_grad]
     started, sums = time.perf_counter(), {}
     for step in range(first, steps):
@@ -102,11 +113,15 @@ def fit(
         for name, value in {"loss": float(loss.detach()), **parts}.items():
             sums[name] = sums.get(name, 0.0) + value
         done = step + 1
-        if done % log_every and done != steps or RANK:
+        if (done % log_every and done != steps) or RANK:
             continue
         seconds = before + time.perf_counter() - started
         count = done % log_every or log_every
-        record = {"step": done, "seconds": round(seconds, 1), **{k: round(v / count, 5) for k, v in sums.items()}}
+        record = {
+            "step": done,
+            "seconds": round(seconds, 1),
+            **{k: round(v / count, 5) for k, v in sums.items()},
+        }
         sums = {}
         if evaluate and (done % eval_every == 0 or done == steps):
             record |= {name: round(value, 4) for name, value in evaluate().items()}
@@ -114,7 +129,12 @@ def fit(
             file.write(json.dumps(record) + "\n")
         print(stage, record, flush=True)
         if done % save_every == 0 or done == steps:
-            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": done, "seconds": seconds}
+            state = {
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "step": done,
+                "seconds": seconds,
+            }
             save(state | ({"ema": ema.state_dict()} if ema is not None else {}), checkpoint)
 
 

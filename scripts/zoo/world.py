@@ -1,7 +1,7 @@
 """The procedural world the zoo is trained on: one object moving over a textured background.
 
-Knows nothing of models. A `Scene` is drawn from a numpy generator, so a clip is a function of its seed alone.
-Shapes: clips are uint8 `[T, H, W, 3]`.
+Knows nothing of models. A `Scene` is drawn from a numpy generator, so a clip is a function of its
+seed alone. Shapes: clips are uint8 `[T, H, W, 3]`.
 """
 
 from dataclasses import dataclass
@@ -65,17 +65,30 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     for axis, size in ((0, WIDTH), (1, HEIGHT)):
         low, high = radius + 1, size - radius - 1
         shift = DIRECTIONS[direction][axis] * travel
-        start.append(rng.uniform(low - min(shift, 0), max(low - min(shift, 0), high - max(shift, 0))))
+        start.append(
+            rng.uniform(low - min(shift, 0), max(low - min(shift, 0), high - max(shift, 0)))
+        )
     jitter = lambda rgb: tuple(np.clip(np.array(rgb) + rng.uniform(-0.03, 0.03, 3), 0, 1))  # noqa: E731
     return Scene(
-        shape, colour, background, texture, direction, radius, (start[0], start[1]), travel,
-        jitter(OBJECT_COLOURS[colour]), jitter(BACKGROUNDS[background]),
-        int(rng.integers(2**31)), rng.uniform(0.045, 0.07),
+        shape,
+        colour,
+        background,
+        texture,
+        direction,
+        radius,
+        (start[0], start[1]),
+        travel,
+        jitter(OBJECT_COLOURS[colour]),
+        jitter(BACKGROUNDS[background]),
+        int(rng.integers(2**31)),
+        rng.uniform(0.045, 0.07),
         draw_caption(rng, shape, colour, background, texture, direction),
-    )  # fmt: skip
+    )
 
 
-def draw_caption(rng, shape: str, colour: str, background: str, texture: str, direction: str) -> str:
+def draw_caption(
+    rng, shape: str, colour: str, background: str, texture: str, direction: str
+) -> str:
     """Mostly one sentence; sometimes another verb, no article, no texture word or no background."""
     article = "" if rng.random() < 0.06 else "an " if colour == "orange" else "a "
     verb = str(rng.choice(["moves", "moving", "slides", "drifts"], p=[0.7, 0.14, 0.08, 0.08]))
@@ -103,9 +116,15 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def texture_field(scene: Scene, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
-    """Brightness offset [H, W] within +-contrast, plus a faint slope so that no background is flat."""
+    """Brightness offset [H, W] within +-contrast, plus a faint slope so that no background is
+    flat.
+    """
     rng = np.random.default_rng(scene.texture_seed)
-    slope = 0.015 * ((xs - WIDTH / 2) * rng.uniform(-1, 1) + (ys - HEIGHT / 2) * rng.uniform(-1, 1)) / (WIDTH / 2)
+    slope = (
+        0.015
+        * ((xs - WIDTH / 2) * rng.uniform(-1, 1) + (ys - HEIGHT / 2) * rng.uniform(-1, 1))
+        / (WIDTH / 2)
+    )
     period, phase = rng.uniform(12, 20), rng.uniform(0, 2 * np.pi, 2)
     wave = lambda along, k: np.clip(1.6 * np.sin(2 * np.pi * along / period + phase[k]), -1, 1)  # noqa: E731
     if scene.texture == "striped":
@@ -116,14 +135,21 @@ def texture_field(scene: Scene, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
     if scene.texture == "cloudy":
         waves = np.zeros_like(xs)
         for _ in range(5):
-            direction, length, offset = rng.uniform(0, 2 * np.pi), rng.uniform(16, 48), rng.uniform(0, 2 * np.pi)
-            waves += np.sin(2 * np.pi * (xs * np.cos(direction) + ys * np.sin(direction)) / length + offset)
+            direction, length, offset = (
+                rng.uniform(0, 2 * np.pi),
+                rng.uniform(16, 48),
+                rng.uniform(0, 2 * np.pi),
+            )
+            waves += np.sin(
+                2 * np.pi * (xs * np.cos(direction) + ys * np.sin(direction)) / length + offset
+            )
         return slope + scene.texture_contrast * np.clip(waves / 2.2, -1, 1)
     return slope
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Share of each pixel covered by a shape centred on the origin, 0..1 with a soft edge of about 1.2 pixels.
+    """Share of each pixel covered by a shape centred on the origin, 0..1 with a soft edge of about
+    1.2 pixels.
 
     Sizes are chosen so that all shapes cover areas of the same order.
     """
@@ -139,7 +165,9 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndar
     elif shape == "triangle":  # isosceles, apex up
         slanted = 0.89 * np.abs(x) - 0.45 * (y + 0.1 * radius) - 0.49 * radius
         distance = np.maximum(slanted, y - 0.82 * radius)
-    elif shape == "star":  # five points: the union of five thin isosceles spikes and a pentagon, by folding the angle
+    elif (
+        shape == "star"
+    ):  # five points: the union of five thin isosceles spikes and a pentagon, by folding the angle
         angle = np.arctan2(x, -y)
         sector = np.abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
         length = np.hypot(x, y)

@@ -89,10 +89,15 @@ def test_one_transformer_alone_can_be_cached(bundle):
     cache = ditcache.enable_cache(bundle.pipe.transformer, "interval", tail=0, head=1)
     with torch.no_grad():
         for step in range(4):
-            with bundle.pipe.transformer.cache_context("cond", step_index=step, num_inference_steps=4):
+            with bundle.pipe.transformer.cache_context(
+                "cond", step_index=step, num_inference_steps=4
+            ):
                 bundle.pipe.transformer(
-                    hidden_states=torch.randn(1, 16, 5, 8, 8), timestep=torch.tensor([500]),
-                    encoder_hidden_states=torch.randn(1, 512, bundle.pipe.transformer.config.text_dim),
-                )  # fmt: skip
+                    hidden_states=torch.randn(1, 16, 5, 8, 8),
+                    timestep=torch.tensor([500]),
+                    encoder_hidden_states=torch.randn(
+                        1, 512, bundle.pipe.transformer.config.text_dim
+                    ),
+                )
     ditcache.disable_cache(bundle.pipe.transformer)
     assert [d.computed for d in cache.trace.decisions] == [True, False, True, False]

@@ -1,4 +1,8 @@
-"""Where nothing is skipped, nothing changes: every policy, every granularity, on an unmodified diffusers pipeline."""
+"""Where nothing is skipped, nothing changes: every policy, every granularity, on an unmodified
+diffusers pipeline.
+"""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +18,15 @@ GRANULARITIES = ["stack", "per_block", 3]
 
 def generate(pipe, prompt=PROMPT, *, seed=3, steps=6, guidance=4.0, height=64, width=64):
     return pipe(
-        prompt, height=height, width=width, num_frames=17, num_inference_steps=steps, guidance_scale=guidance,
-        generator=torch.Generator().manual_seed(seed), output_type="latent",
-    ).frames  # fmt: skip
+        prompt,
+        height=height,
+        width=width,
+        num_frames=17,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+    ).frames
 
 
 def test_every_policy_is_listed_here():
@@ -49,13 +59,11 @@ def test_disabling_is_bit_exact(pipe, policy, granularity):
 def test_threshold_zero_never_reuses_even_on_identical_inputs(pipe):
     from ditcache.cache.policies.fbcache import FBCache
 
-    class Still:
-        state = {"reference": torch.ones(1, 4, 8)}
-        probe_residual = torch.ones(1, 4, 8)
-        signal = None
-
-    assert FBCache(threshold=0.0).should_compute(Still)
-    assert not FBCache(threshold=1e-6).should_compute(Still)
+    still = SimpleNamespace(
+        state={"reference": torch.ones(1, 4, 8)}, probe_residual=torch.ones(1, 4, 8), signal=None
+    )
+    assert FBCache(threshold=0.0).should_compute(still)
+    assert not FBCache(threshold=1e-6).should_compute(still)
 
 
 def test_warm_up_as_long_as_the_run_is_bit_exact(pipe):

@@ -42,7 +42,11 @@ def test_d16_the_slope_counts_from_the_second_computed_step():
 
 
 def test_order_zero_is_hold():
-    assert forecasts(Taylor(order=0), lambda t: t, [0, 3], [5]) == forecasts(Hold(), lambda t: t, [0, 3], [5]) == [3]
+    assert (
+        forecasts(Taylor(order=0), lambda t: t, [0, 3], [5])
+        == forecasts(Hold(), lambda t: t, [0, 3], [5])
+        == [3]
+    )
 
 
 def test_d17_counterpart_must_fail():

@@ -1,4 +1,6 @@
-"""The driver's rules, which hold for every policy; peers' defects by their number in the reference (D1, D2, ...)."""
+"""The driver's rules, which hold for every policy; peers' defects by their number in the reference
+(D1, D2, ...).
+"""
 
 import copy
 import json
@@ -72,9 +74,11 @@ def velocities(pipe, branch, poison=None, cache=None):
                             tensor.fill_(torch.nan)
                 with pipe.transformer.cache_context(name, step_index=step, num_inference_steps=8):
                     out = pipe.transformer(
-                        hidden_states=latents, timestep=torch.tensor([900 - 100 * step]),
-                        encoder_hidden_states=states * (name == "cond"), return_dict=False,
-                    )[0]  # fmt: skip
+                        hidden_states=latents,
+                        timestep=torch.tensor([900 - 100 * step]),
+                        encoder_hidden_states=states * (name == "cond"),
+                        return_dict=False,
+                    )[0]
                 if name == branch:
                     outputs.append(out)
     return outputs
@@ -91,9 +95,15 @@ def test_d4_a_run_never_sees_the_run_before(pipe, policy):
     assert torch.equal(generate(pipe, seed=1), alone)
     with pytest.raises(KeyboardInterrupt):
         pipe(
-            PROMPT, height=64, width=64, num_frames=17, num_inference_steps=6, guidance_scale=4.0,
-            callback_on_step_end=interrupt_at_3, generator=torch.Generator().manual_seed(5),
-        )  # fmt: skip
+            PROMPT,
+            height=64,
+            width=64,
+            num_frames=17,
+            num_inference_steps=6,
+            guidance_scale=4.0,
+            callback_on_step_end=interrupt_at_3,
+            generator=torch.Generator().manual_seed(5),
+        )
     assert torch.equal(generate(pipe, seed=1), alone)
     assert cache.store.stats()["bytes"] == 0
 
@@ -142,14 +152,18 @@ def test_d7_a_second_cache_is_refused_and_settings_stay(pipe):
     policy = Interval(every=3)
     before = copy.deepcopy(policy)
     ditcache.enable_cache(pipe, policy)
-    with pytest.raises(DitcacheError, match=r"already has a cache \(Interval\); call disable_cache first"):
+    with pytest.raises(
+        DitcacheError, match=r"already has a cache \(Interval\); call disable_cache first"
+    ):
         ditcache.enable_cache(pipe, "fbcache")
     generate(pipe)
     assert policy == before
 
 
 def test_d8_unknown_knobs_name_the_valid_ones(pipe):
-    with pytest.raises(ConfigError, match=r"fbcache takes no 'treshold' here. Did you mean 'threshold'\?"):
+    with pytest.raises(
+        ConfigError, match=r"fbcache takes no 'treshold' here. Did you mean 'threshold'\?"
+    ):
         ditcache.enable_cache(pipe, "fbcache", treshold=0.1)
     with pytest.raises(ConfigError, match=r"no policy 'taylorsee'. Did you mean 'taylorseer'\?"):
         ditcache.enable_cache(pipe, "taylorsee")
@@ -165,7 +179,10 @@ def test_d11_a_mask_of_the_wrong_length_or_start_is_refused(pipe):
         def mask(self, schedule):
             return self.steps
 
-    for mask, message in (([True] * 5, "5 steps, the run has 6"), ([False] + [True] * 5, "first step")):
+    for mask, message in (
+        ([True] * 5, "5 steps, the run has 6"),
+        ([False] + [True] * 5, "first step"),
+    ):
         ditcache.enable_cache(pipe, Mask(mask))
         with pytest.raises(ConfigError, match=message):
             generate(pipe)
@@ -181,11 +198,15 @@ def test_d13_a_changed_shape_computes(pipe):
             for name in ("cond", "uncond"):
                 with pipe.transformer.cache_context(name, step_index=step, num_inference_steps=5):
                     out = pipe.transformer(
-                        hidden_states=torch.randn(1, 16, frames, 8, 8), timestep=torch.tensor([500]),
-                        encoder_hidden_states=states, return_dict=False,
-                    )[0]  # fmt: skip
+                        hidden_states=torch.randn(1, 16, frames, 8, 8),
+                        timestep=torch.tensor([500]),
+                        encoder_hidden_states=states,
+                        return_dict=False,
+                    )[0]
                 assert out.isfinite().all()
-    assert [(d.step, d.reason) for d in cache.trace.decisions if d.computed and d.branch == "cond"] == [
+    assert [
+        (d.step, d.reason) for d in cache.trace.decisions if d.computed and d.branch == "cond"
+    ] == [
         (0, "first"),
         (2, "shape"),
     ]
@@ -198,10 +219,15 @@ def test_a_step_left_out_computes(pipe):
         for step in (0, 1, 4, 5):
             with pipe.transformer.cache_context("cond", step_index=step, num_inference_steps=9):
                 pipe.transformer(
-                    hidden_states=torch.randn(1, 16, 5, 8, 8), timestep=torch.tensor([500]),
-                    encoder_hidden_states=states, return_dict=False,
-                )  # fmt: skip
-    assert [(d.step, d.reason) for d in cache.trace.decisions if d.computed] == [(0, "first"), (4, "gap")]
+                    hidden_states=torch.randn(1, 16, 5, 8, 8),
+                    timestep=torch.tensor([500]),
+                    encoder_hidden_states=states,
+                    return_dict=False,
+                )
+    assert [(d.step, d.reason) for d in cache.trace.decisions if d.computed] == [
+        (0, "first"),
+        (4, "gap"),
+    ]
 
 
 @pytest.mark.parametrize("granularity", ["stack", "per_block", 3])
@@ -211,7 +237,10 @@ def test_d18_bytes_are_order_plus_one_tensors_per_unit_and_branch(pipe, order, g
 
     cache = ditcache.enable_cache(pipe, "interval", Taylor(order=order), granularity=granularity)
     generate(pipe, steps=9)
-    tokens, width = 80, pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
+    tokens, width = (
+        80,
+        pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim,
+    )
     units = len({d.unit for d in cache.trace.decisions})
     assert cache.store.stats()["bytes_peak"] == 2 * units * (order + 1) * tokens * width * 4
 
@@ -225,7 +254,9 @@ def test_d10_nothing_is_kept_after_a_run(pipe):
 
 
 def test_d10_the_first_expert_is_freed_at_the_boundary(checkpoints):
-    bundle = ditcache.load("wan2.2_t2v", path=str(checkpoints["wan2.2_t2v"]), dtype="float32", device="cpu")
+    bundle = ditcache.load(
+        "wan2.2_t2v", path=str(checkpoints["wan2.2_t2v"]), dtype="float32", device="cpu"
+    )
     cache = ditcache.enable_cache(bundle, "interval", every=2, head=1, tail=0)
     held = []
 
@@ -234,9 +265,15 @@ def test_d10_the_first_expert_is_freed_at_the_boundary(checkpoints):
         return tensors
 
     bundle.pipe(
-        "a cat", height=32, width=32, num_frames=5, num_inference_steps=12, guidance_scale=3.0,
-        generator=torch.Generator().manual_seed(0), callback_on_step_end=watch,
-    )  # fmt: skip
+        "a cat",
+        height=32,
+        width=32,
+        num_frames=5,
+        num_inference_steps=12,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=watch,
+    )
     ditcache.disable_cache(bundle)
     assert held[0] == {"transformer"} and {"transformer_2"} in held
     assert all(len(experts) <= 1 for experts in held)
@@ -250,9 +287,10 @@ def test_d20_without_a_context_it_says_so(pipe):
     ditcache.enable_cache(pipe, "interval")
     with pytest.raises(DitcacheError, match="cache_context"):
         pipe.transformer(
-            hidden_states=torch.randn(1, 16, 5, 8, 8), timestep=torch.tensor([500]),
+            hidden_states=torch.randn(1, 16, 5, 8, 8),
+            timestep=torch.tensor([500]),
             encoder_hidden_states=torch.randn(1, 512, pipe.transformer.config.text_dim),
-        )  # fmt: skip
+        )
 
 
 def test_d22_a_signal_that_is_not_finite_computes():
@@ -266,7 +304,9 @@ def test_d22_a_signal_that_is_not_finite_computes():
 def test_d22_kept_tensors_are_not_the_live_ones(pipe):
     cache = ditcache.enable_cache(pipe, "fbcache", threshold=0.5)
     live = []
-    handle = pipe.transformer.blocks[0].register_forward_hook(lambda m, args, out: live.append(out.data_ptr()))
+    handle = pipe.transformer.blocks[0].register_forward_hook(
+        lambda m, args, out: live.append(out.data_ptr())
+    )
     kept = []
     pipe.transformer.blocks[-1].register_forward_hook(
         lambda m, args, out: kept.extend(t.data_ptr() for t in cache.store.entries.values())

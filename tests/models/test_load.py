@@ -1,4 +1,6 @@
-"""Loading from folders in the layout of the big checkpoints, and what is said when that cannot be."""
+"""Loading from folders in the layout of the big checkpoints, and what is said when that cannot
+be.
+"""
 
 import json
 
@@ -36,7 +38,9 @@ def test_published_settings():
         assert (m.path, m.height, m.width, m.steps, m.shift, m.boundary) == expected
 
 
-@pytest.mark.parametrize("name", ["wan", "wan2.1_i2v_480p", "wan2.2_t2v", "wan2.2_i2v", "chronoedit"])
+@pytest.mark.parametrize(
+    "name", ["wan", "wan2.1_i2v_480p", "wan2.2_t2v", "wan2.2_i2v", "chronoedit"]
+)
 def test_loads_a_local_folder(checkpoints, name):
     bundle = ditcache.load(name, path=str(checkpoints[name]), device="cpu", vae_tiling=True)
     assert bundle.pipe.transformer.dtype == torch.bfloat16
@@ -55,19 +59,21 @@ def test_plain_diffusers_loads_the_zoo_in_one_dtype():
 
 
 def test_the_wrong_pipeline_is_refused_before_weights_are_read(checkpoints):
-    with pytest.raises(ConfigError, match="holds a WanImageToVideoPipeline, this model loads a WanPipeline"):
+    with pytest.raises(
+        ConfigError, match="holds a WanImageToVideoPipeline, this model loads a WanPipeline"
+    ):
         ditcache.load("wan", path=str(checkpoints["wan2.1_i2v_480p"]))
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path):
-    with pytest.raises(ConfigError, match="has no model_index.json"):
+    with pytest.raises(ConfigError, match=r"has no model_index\.json"):
         ditcache.load("wan", path=str(tmp_path))
 
 
 def test_a_damaged_folder(checkpoints, tmp_path):
     index = json.loads((checkpoints["wan"] / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(DitcacheError, match="model.path: cannot load"):
+    with pytest.raises(DitcacheError, match=r"model\.path: cannot load"):
         ditcache.load("wan", path=str(tmp_path), device="cpu")
 
 
@@ -89,6 +95,8 @@ def test_wrong_settings():
 def test_on_a_gpu_with_offload(checkpoints, offload):
     bundle = ditcache.load("wan", path=str(checkpoints["wan"]), device="cuda", offload=offload)
     cache = ditcache.enable_cache(bundle, "interval", head=1)
-    frames = bundle.pipe("a cat", height=32, width=32, num_frames=5, num_inference_steps=4).frames[0]
+    frames = bundle.pipe("a cat", height=32, width=32, num_frames=5, num_inference_steps=4).frames[
+        0
+    ]
     ditcache.disable_cache(bundle)
     assert frames.shape == (5, 32, 32, 3) and cache.trace.computed < len(cache.trace.decisions)

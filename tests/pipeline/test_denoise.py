@@ -13,7 +13,9 @@ from ditcache.pipeline.text import encode_text
 STEPS = 5
 
 
-def ours(bundle, prompt, *, height, width, num_frames=5, seed=0, guidance=4.0, picture=None, **settings):
+def ours(
+    bundle, prompt, *, height, width, num_frames=5, seed=0, guidance=4.0, picture=None, **settings
+):
     text = encode_text(bundle, prompt, negative_prompt="blurred", guidance=guidance)
     inputs = draw_inputs(
         bundle, text, height=height, width=width, num_frames=num_frames, seed=seed, picture=picture
@@ -21,14 +23,23 @@ def ours(bundle, prompt, *, height, width, num_frames=5, seed=0, guidance=4.0, p
     return denoise(bundle, inputs, steps=STEPS, guidance=guidance, **settings)
 
 
-def theirs(bundle, prompt, *, height, width, num_frames=5, seed=0, guidance=4.0, picture=None, **settings):
+def theirs(
+    bundle, prompt, *, height, width, num_frames=5, seed=0, guidance=4.0, picture=None, **settings
+):
     if picture is not None:
         settings["image"] = picture
     return bundle.pipe(
-        prompt=prompt, negative_prompt="blurred", height=height, width=width, num_frames=num_frames,
-        num_inference_steps=STEPS, guidance_scale=guidance, output_type="latent",
-        generator=torch.Generator().manual_seed(seed), **settings,
-    )[0]  # fmt: skip
+        prompt=prompt,
+        negative_prompt="blurred",
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(seed),
+        **settings,
+    )[0]
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
@@ -51,14 +62,22 @@ def test_equals_wan_pipeline_without_guidance(bundle):
 def test_decoded_frames_equal_the_pipelines(bundle):
     latents = ours(bundle, "a red star", height=64, width=64)
     frames = bundle.pipe(
-        prompt="a red star", negative_prompt="blurred", height=64, width=64, num_frames=5,
-        num_inference_steps=STEPS, guidance_scale=4.0, generator=torch.Generator().manual_seed(0),
-    ).frames[0]  # fmt: skip
+        prompt="a red star",
+        negative_prompt="blurred",
+        height=64,
+        width=64,
+        num_frames=5,
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(0),
+    ).frames[0]
     assert np.array_equal(decode_latents(bundle, latents), frames)
 
 
 def test_two_experts_with_their_own_guidance(checkpoints):
-    bundle = ditcache.load("wan2.2_t2v", path=str(checkpoints["wan2.2_t2v"]), dtype="float32", device="cpu")
+    bundle = ditcache.load(
+        "wan2.2_t2v", path=str(checkpoints["wan2.2_t2v"]), dtype="float32", device="cpu"
+    )
     a = ours(bundle, "a cat", height=32, width=48, guidance_low=3.0)
     b = theirs(bundle, "a cat", height=32, width=48, guidance_scale_2=3.0)
     assert torch.equal(a, b)
@@ -67,7 +86,9 @@ def test_two_experts_with_their_own_guidance(checkpoints):
 @pytest.mark.parametrize("model", ["wan2.1_i2v_480p", "wan2.2_i2v", "chronoedit"])
 def test_image_conditioned(checkpoints, model):
     bundle = ditcache.load(model, path=str(checkpoints[model]), dtype="float32", device="cpu")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    )
     settings = {"height": 32, "width": 48, "picture": picture, "guidance": 3.5}
     assert torch.equal(ours(bundle, "a cat", **settings), theirs(bundle, "a cat", **settings))
 
@@ -83,7 +104,9 @@ def test_callbacks_see_every_step_and_may_edit_latents(bundle):
     seen = []
 
     def edit(step):
-        seen.append((step.index, step.num_steps, step.expert, step.latents.shape == step.velocity.shape))
+        seen.append(
+            (step.index, step.num_steps, step.expert, step.latents.shape == step.velocity.shape)
+        )
         if step.index == STEPS - 1:
             step.latents = torch.zeros_like(step.latents)
 

@@ -8,9 +8,13 @@ from ditcache.store.base import Key
 from ditcache.store.device import DeviceStore
 
 KEYS = st.builds(
-    Key, st.integers(0, 2), st.sampled_from(["a", "b"]), st.sampled_from(["cond", "uncond"]), st.integers(0, 2),
+    Key,
+    st.integers(0, 2),
+    st.sampled_from(["a", "b"]),
+    st.sampled_from(["cond", "uncond"]),
+    st.integers(0, 2),
     st.sampled_from(["0", "1"]),
-)  # fmt: skip
+)
 OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("put"), KEYS, st.integers(1, 9)),

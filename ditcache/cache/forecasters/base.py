@@ -27,5 +27,7 @@ class Forecaster:
         state.computed.append((step, slot))
 
     def forecast(self, state: UnitState, step: int) -> Tensor | None:
-        """The residual expected at `step`, or None if what it needs is not there (then the unit computes)."""
+        """The residual expected at `step`, or None if what it needs is not there (then the unit
+        computes).
+        """
         raise NotImplementedError

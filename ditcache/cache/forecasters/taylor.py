@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Taylor(Forecaster):
-    """Extend the polynomial of degree `order` through the last `order + 1` computed residuals, at their true steps.
+    """Extend the polynomial of degree `order` through the last `order + 1` computed residuals, at
+    their true steps.
 
-    The idea of TaylorSeer (arXiv:2503.06923) with Newton's divided differences in place of a ladder of finite
-    differences, so that it is exact on polynomials of its degree whatever the gaps. Values are kept, not differences:
-    order + 1 tensors, no rounding carried on. With fewer computed steps the degree is lower.
+    The idea of TaylorSeer (arXiv:2503.06923) with Newton's divided differences in place of a ladder
+    of finite differences, so that it is exact on polynomials of its degree whatever the gaps.
+    Values are kept, not differences: order + 1 tensors, no rounding carried on. With fewer computed
+    steps the degree is lower.
 
-    order: degree of the polynomial, 0 (hold) to 3. Order 1 helps over short gaps; higher orders amplify noise.
+    order: degree of the polynomial, 0 (hold) to 3. Order 1 helps over short gaps; higher orders
+    amplify noise.
     """
 
     order: int = 1
@@ -36,16 +39,19 @@ class Taylor(Forecaster):
 
     def forecast(self, state: UnitState, step: int) -> Tensor | None:
         points = state.computed[-self.tensors :]
-        values = [state.get(slot) for _, slot in points]
         steps = [float(at) for at, _ in points]
-        if any(value is None for value in values):
-            return None
+        values = []
+        for _, slot in points:
+            value = state.get(slot)
+            if value is None:
+                return None
+            values.append(value)
         if len(points) == 2:  # the common case in one pass over memory
-            return values[0].lerp(values[1], (step - steps[0]) / (steps[1] - steps[0]))  # type: ignore[union-attr]
-        total = values[-1].float() * weight(steps, len(points) - 1, step)  # type: ignore[union-attr]
-        for index, value in enumerate(values[:-1]):
-            total.add_(value.float(), alpha=weight(steps, index, step))  # type: ignore[union-attr]
-        return total.to(values[-1].dtype)  # type: ignore[union-attr]
+            return values[0].lerp(values[1], (step - steps[0]) / (steps[1] - steps[0]))
+        total = values[0].float() * weight(steps, 0, step)
+        for index, value in enumerate(values[1:], 1):
+            total.add_(value.float(), alpha=weight(steps, index, step))
+        return total.to(values[0].dtype)
 
 
 def weight(steps: list[float], index: int, step: float) -> float:

@@ -1,4 +1,6 @@
-"""What a policy is: it decides *when* a unit computes. It knows no model and keeps no run state of its own."""
+"""What a policy is: it decides *when* a unit computes. It knows no model and keeps no run state of
+its own.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ class Schedule:
 class Context:
     """What a dynamic policy may look at when it decides about one unit at one call.
 
-    hidden [B, N, D]: the unit's input. probe_residual [B, N, D]: what the probe blocks added, if the policy asked for a
-    probe. e0 [B, 6, D]: the time embedding that modulates the blocks. `state` is this unit's own, fresh per generation.
+    hidden [B, N, D]: the unit's input. probe_residual [B, N, D]: what the probe blocks added, if
+    the policy asked for a probe. e0 [B, 6, D]: the time embedding that modulates the blocks.
+    `state` is this unit's own, fresh per generation.
     """
 
     expert: str
@@ -46,14 +49,20 @@ class Context:
     e0: Tensor | None
     probe_residual: Tensor | None
     state: UnitState
-    signal: float | None = field(default=None)  # a policy leaves here what it measured; it goes into steps.jsonl
+    signal: float | None = field(
+        default=None
+    )  # a policy leaves here what it measured; it goes into steps.jsonl
 
 
 @dataclass
 class Policy:
-    """Base of all policies. Override `mask` for a static policy or `should_compute` for a dynamic one."""
+    """Base of all policies. Override `mask` for a static policy or `should_compute` for a dynamic
+    one.
+    """
 
-    per_unit: ClassVar[bool] = False  # False: asked once per call, at the first unit; True: for every unit
+    per_unit: ClassVar[bool] = (
+        False  # False: asked once per call, at the first unit; True: for every unit
+    )
 
     @property
     def probe(self) -> int:
@@ -69,7 +78,9 @@ class Policy:
         raise TypeError(f"{type(self).__name__} defines neither mask nor should_compute")
 
     def record(self, ctx: Context, computed: bool) -> None:
-        """Told of what was done whenever it could have been asked, forced or not, to keep references up to date."""
+        """Told of what was done whenever it could have been asked, forced or not, to keep
+        references up to date.
+        """
 
 
 P = TypeVar("P", bound=type[Policy])
@@ -81,7 +92,9 @@ def register_policy(name: str) -> Callable[[P], P]:
 
     def register(cls: P) -> P:
         if not (isinstance(cls, type) and issubclass(cls, Policy)):
-            raise ConfigError(f"register_policy('{name}'): {cls!r} does not derive from ditcache's Policy")
+            raise ConfigError(
+                f"register_policy('{name}'): {cls!r} does not derive from ditcache's Policy"
+            )
         REGISTERED[name] = cls
         return cls
 

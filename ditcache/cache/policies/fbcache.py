@@ -12,10 +12,11 @@ from ditcache.cache.signal import relative_l1
 class FBCache(Policy):
     """Reuse while the first block's residual stays near the one seen at the last computed step.
 
-    The reference moves only when the unit computes, so drift is measured against what is reused and needs no
-    accumulator. The idea is ParaAttention's; diffusers ships it as FirstBlockCache.
+    The reference moves only when the unit computes, so drift is measured against what is reused and
+    needs no accumulator. The idea is ParaAttention's; diffusers ships it as FirstBlockCache.
 
-    threshold: largest relative L1 change that is still reused; 0 reuses nothing. Useful values lie at .04-.12.
+    threshold: largest relative L1 change that is still reused; 0 reuses nothing. Useful values lie
+    at .04-.12.
     """
 
     threshold: float = 0.08
