@@ -16,7 +16,7 @@ from zoo import dit, family, text, training, vae, world
 from zoo.optim import MatrixAdam, cosine, trapezoid
 
 SEED = 20261120
-VAE_STEPS, DIT_STEPS, DECODER_STEPS = 9000, 16_000, 2000
+VAE_STEPS, DIT_STEPS, DECODER_STEPS = 9000, 10_000, 2000
 LATENT_CLIPS, DIT_BATCH = 24_000, 32
 
 

@@ -13,7 +13,6 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file
 
 from ditcache import cli
-from ditcache.cli import conf_dir
 from ditcache.models.base import ZOO
 
 KEYS = {
@@ -211,22 +210,3 @@ def test_an_interrupted_run_leaves_nothing_under_a_final_name(
     assert "interrupted" in capsys.readouterr().err
     assert not (tmp_path / "run/metrics.json").exists()
     assert not list((tmp_path / "run").glob("*.partial*"))
-
-
-def test_an_own_policy_from_the_working_directory(generate, tmp_path):
-    (tmp_path / "my_policy.py").write_text(
-        "from dataclasses import dataclass\n"
-        "from ditcache.cache.policies.base import Policy\n\n"
-        "@dataclass\nclass Thirds(Policy):\n    def should_compute(self, ctx):\n        return ctx.step % 3 == 0\n"
-    )
-    (tmp_path / "conf/cache").mkdir(parents=True)
-    text = (conf_dir() / "cache/interval.yaml").read_text()
-    text = text.replace("ditcache.cache.policies.interval.Interval", "my_policy.Thirds").replace(
-        "  every: 2\n", ""
-    )
-    (tmp_path / "conf/cache/thirds.yaml").write_text(
-        text.replace("head: 4", "head: 0").replace("tail: 2", "tail: 0")
-    )
-    folder = generate("--config-dir", "conf", "cache=thirds", "steps=7")
-    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows if r["computed"] and r["branch"] == "cond"] == [0, 3, 6]

@@ -76,7 +76,10 @@ class StepCacheHook(ModelHook):
         self.contexts = StateManager(BaseState)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        context = self.contexts._context
+        try:
+            context = self.contexts.context
+        except ValueError:  # none is set
+            context = None
         if context is None or context.step_index is None or context.num_inference_steps is None:
             raise DitcacheError(
                 "step cache: the pipeline does not say which step and branch this forward is; call "
@@ -171,17 +174,14 @@ def experts_of(target: Any) -> dict[str, nn.Module]:
 
 
 def schedule_reader(target: Any) -> Callable[[int], Schedule]:
-    """How to learn a run's sigmas and timesteps: from the pipeline's scheduler, if there is one."""
+    """How to learn a run's sigmas: from the pipeline's scheduler, if there is one."""
     pipe = getattr(target, "pipe", target)
 
     def read(num_steps: int) -> Schedule:
         scheduler = getattr(pipe, "scheduler", None)
         if scheduler is None or getattr(scheduler, "num_inference_steps", None) != num_steps:
             return Schedule(num_steps)
-        sigmas = tuple(float(sigma) for sigma in scheduler.sigmas[:num_steps])
-        return Schedule(
-            num_steps, sigmas=sigmas, timesteps=tuple(float(t) for t in scheduler.timesteps)
-        )
+        return Schedule(num_steps, sigmas=tuple(scheduler.sigmas[:num_steps].tolist()))
 
     return read
 

@@ -7,6 +7,7 @@ last one, head, tail, the longest run of skips and the budget. Knows nothing of 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ditcache.cache.policies.base import Context, Schedule
@@ -59,9 +60,8 @@ class Call:
         self.branch, self.step, self.num_steps = branch, step, num_steps
         self.sigma, self.timestep = sigma, timestep
         self.probe_residual: Tensor | None = None
-        self.leader: tuple[bool, str] | None = (
-            None  # what the first unit did, which the others follow
-        )
+        # What the first unit did and why; the others follow it.
+        self.leader: tuple[bool, str] | None = None
 
 
 class Driver:
@@ -94,13 +94,7 @@ class Driver:
         """The static policy's mask for this run; a wrong one is refused before anything is
         skipped.
         """
-        own = Schedule(
-            schedule.num_steps,
-            self.settings.head,
-            self.settings.tail,
-            schedule.sigmas,
-            schedule.timesteps,
-        )
+        own = replace(schedule, head=self.settings.head, tail=self.settings.tail)
         mask = self.policy.mask(own)
         if mask is None:
             return None
@@ -199,14 +193,14 @@ class Driver:
         """Update what the unit keeps; after the last step, keep nothing."""
         if context.unit_index == 0 or self.policy.per_unit:
             self.policy.record(context, computed)
-        if computed:
+        if context.step == context.num_steps - 1:
+            state.drop()
+        elif computed:
             state.run = 0
             self.settings.forecaster.observe(state, context.step, out - context.hidden)
         else:
             state.run += 1
             state.skipped += 1
-        if context.step == context.num_steps - 1:
-            state.drop()
 
     def context(
         self,

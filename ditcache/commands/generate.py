@@ -71,15 +71,16 @@ def run(cfg: DictConfig) -> float | None:
     settings.model.check_folder()
 
     # 2) Load, see that the cache fits the model, then open the run folder.
-    from ditcache.cache.attach import check_fit
-    from ditcache.models.load import load
-    from ditcache.pipeline.render import Renderer
     from ditcache.report.progress import progress
-    from ditcache.report.run_folder import chosen_options, open_run_folder
-    from ditcache.report.summary import print_summary, write_run
 
     total = len(settings.texts) * settings.steps * (2 if settings.compare else 1)
     with progress(total) as show:
+        from ditcache.cache.attach import check_fit
+        from ditcache.models.load import load
+        from ditcache.pipeline.render import Renderer
+        from ditcache.report.run_folder import chosen_options, open_run_folder
+        from ditcache.report.summary import print_summary, write_run
+
         bundle = load(settings.model)
         check_fit(bundle, settings.cache)
         folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))

@@ -193,6 +193,10 @@ def print_summary(folder: Path, metrics: dict[str, Any]) -> None:
     table.add_row(*row)
     console = Console()
     console.print(table)
+    if metrics["cache"] != "none" and compute["ratio"] == 1:
+        console.print(
+            "the cache skipped nothing: every step was head, tail or asked for by the policy"
+        )
     if compared:
         bound = metrics["speedup"]["bound"]
         console.print(

@@ -72,7 +72,7 @@ def cosine(progress: float, *, warmup: float = 0.01) -> float:
 
 
 def trapezoid(
-    progress: float, *, warmup: float = 0.01, flat_until: float = 0.45, floor: float = 0.02
+    progress: float, *, warmup: float = 0.016, flat_until: float = 0.45, floor: float = 0.02
 ) -> float:
     """Linear warm-up, constant to `flat_until`, then linear down to `floor`."""
     if progress < warmup:

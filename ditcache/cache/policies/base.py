@@ -24,7 +24,6 @@ class Schedule:
     head: int = 0  # steps at the start that the driver computes without asking
     tail: int = 0  # likewise at the end
     sigmas: tuple[float, ...] = ()  # noise level per step, where the scheduler tells
-    timesteps: tuple[float, ...] = ()
 
 
 @dataclass(slots=True)
