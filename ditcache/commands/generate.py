@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -13,9 +13,6 @@ from ditcache.config import build
 from ditcache.models.base import Model
 from ditcache.prompts import Prompts, choose_prompts
 from ditcache.store.base import Store
-
-if TYPE_CHECKING:
-    from ditcache.pipeline.render import Video
 
 
 @dataclass
@@ -78,28 +75,30 @@ def run(cfg: DictConfig) -> float | None:
         from ditcache.cache.attach import check_fit
         from ditcache.models.load import load
         from ditcache.pipeline.render import Renderer
+        from ditcache.report.record import write_video
         from ditcache.report.run_folder import chosen_options, open_run_folder
-        from ditcache.report.summary import print_summary, write_run
+        from ditcache.report.summary import print_summary, write_summary
 
         bundle = load(settings.model)
         check_fit(bundle, settings.cache)
         folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))
-        renderer = Renderer(bundle, settings, show)
+        renderer, names = Renderer(bundle, settings, show), chosen_options()
 
         # 3) Render every prompt, beside its baseline if asked, in alternating order so that drift
-        # cancels out.
+        # cancels out; write its files at once.
         if settings.compare:
             renderer.warm_up()
-        videos: list[Video] = []
-        baselines: list[Video] = []
+        records = []
         for index, text in enumerate(settings.texts):
-            jobs = [(videos, settings.cache), (baselines, CacheSettings())][
-                : 2 if settings.compare else 1
-            ]
-            for results, cache in jobs if index % 2 else reversed(jobs):
-                results.append(renderer.render(index, text, cache))
+            baseline = None
+            if settings.compare and index % 2 == 0:
+                baseline = renderer.render(index, text, CacheSettings())
+            video = renderer.render(index, text, settings.cache)
+            if settings.compare and index % 2:
+                baseline = renderer.render(index, text, CacheSettings())
+            records.append(write_video(folder, settings, names["cache"], video, baseline))
 
-        # 4) Files, then the table.
-        metrics = write_run(folder, settings, videos, baselines, chosen_options())
+        # 4) The run's own files, then the table.
+        metrics = write_summary(folder, settings, names, records)
     print_summary(folder, metrics)
     return metrics.get("speedup", {}).get("denoise")

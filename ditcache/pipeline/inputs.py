@@ -29,6 +29,7 @@ class Inputs:
     image: Tensor | None = None
 
 
+@torch.no_grad()
 def draw_inputs(
     bundle: Bundle,
     text: TextStates,

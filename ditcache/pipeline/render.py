@@ -12,7 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ditcache.cache.attach import attach_settings, disable_cache
+from ditcache.cache.attach import attach_settings, blocks_of, disable_cache
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.trace import Trace
 from ditcache.errors import ConfigError
@@ -128,7 +128,7 @@ class Renderer:
 
     @property
     def num_blocks(self) -> int:
-        return len(self.bundle.pipe.transformer.blocks)
+        return len(blocks_of(self.bundle.pipe.transformer))
 
     def warm_up(self) -> None:
         """Two untimed steps and a decode, so that the first timed video does not pay for the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ditcache.models.base import Bundle
@@ -19,6 +20,7 @@ class TextStates:
     uncond: Tensor | None
 
 
+@torch.no_grad()
 def encode_text(
     bundle: Bundle, prompt: str, *, negative_prompt: str, guidance: float
 ) -> TextStates:

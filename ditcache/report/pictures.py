@@ -53,20 +53,23 @@ def strip_name(key: tuple) -> str:
     return f"video {video}  {expert}  {branch}  unit {unit}"
 
 
+def sample(frames: np.ndarray, count: int = 7) -> np.ndarray:
+    """A few frames of a video [T, H, W, 3], evenly spread, thinned to 256 pixels a side."""
+    chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    stride = -(-max(frames.shape[1:3]) // 256)
+    return chosen[:, ::stride, ::stride].copy()
+
+
 def contact_sheet(
     entries: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], upscale: int = 2
 ) -> np.ndarray:
-    """(caption, [(label, frames [T, H, W, 3] in 0..1), ...]) per video -> uint8 picture, seven
-    frames a row.
+    """(caption, [(label, frames [n, H, W, 3] in 0..1), ...]) per video -> uint8 picture.
 
     With two rows a third shows their difference, eight times enlarged in brightness.
     """
     blocks = []
     for caption, rows in entries:
-        strips = [
-            (label, frames[np.linspace(0, len(frames) - 1, 7).round().astype(int)])
-            for label, frames in rows
-        ]
+        strips = list(rows)
         if len(strips) == 2:
             strips.append(("difference x 8", np.abs(strips[1][1] - strips[0][1]) * 8))
         pictures = [

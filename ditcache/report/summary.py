@@ -1,4 +1,4 @@
-"""A run's files and its final table."""
+"""A run's closing files and its final table."""
 
 from __future__ import annotations
 
@@ -7,158 +7,73 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from ditcache.metrics.psnr import psnr, psnr_per_frame
-from ditcache.metrics.ssim import ssim
 from ditcache.report import pictures
 from ditcache.report.run_folder import versions, write_json, write_jsonl
-from ditcache.video import write_mp4, write_png
+from ditcache.video import write_png
 
 if TYPE_CHECKING:
     from ditcache.commands.generate import GenerateSettings
-    from ditcache.pipeline.render import Video
+    from ditcache.report.record import Record
 
-PARTS = ("text", "denoise", "decode")
 SHEET_VIDEOS = 8
 
 
-def write_run(
-    folder: Path,
-    settings: GenerateSettings,
-    videos: Sequence[Video],
-    baselines: Sequence[Video],
-    names: dict[str, str],
+def write_summary(
+    folder: Path, settings: GenerateSettings, names: dict[str, str], records: Sequence[Record]
 ) -> dict[str, Any]:
-    """Write videos, pictures, steps.jsonl and metrics.json into `folder`; returns the metrics.
+    """Write steps.jsonl, the pictures and metrics.json; returns the metrics.
 
-    names: the options chosen for `model` and `cache`. baselines: the same prompts without cache, or
-    nothing.
+    names: the options chosen for `model` and `cache`.
     """
-    rows = [{"video": video.index, **row} for video in videos for row in video.trace.rows()]
+    rows = [row for record in records for row in record.steps]
     write_jsonl(folder / "steps.jsonl", rows)
     write_png(folder / "cache_map.png", pictures.cache_map(rows))
-    entries = []
-    for index, video in enumerate(videos):
-        write_mp4(
-            folder / f"video-{index:03d}.mp4",
-            video.frames,
-            fps=settings.fps,
-            upscale=settings.upscale,
-        )
-        shown = [(label(names["cache"], video), video.frames)]
-        if baselines:
-            base = baselines[index]
-            write_mp4(
-                folder / f"baseline-{index:03d}.mp4",
-                base.frames,
-                fps=settings.fps,
-                upscale=settings.upscale,
-            )
-            shown.insert(0, (label("no cache", base), base.frames))
-            pair = pictures.side_by_side(video.prompt, shown, settings.upscale)
-            write_mp4(folder / f"compare-{index:03d}.mp4", pair, fps=settings.fps)
-        if settings.save_latents:
-            save_latents(folder / f"latents-{index:03d}.safetensors", video)
-        entries.append((video.prompt, shown))
-    write_png(
-        folder / "contact_sheet.png",
-        pictures.contact_sheet(entries[:SHEET_VIDEOS], min(settings.upscale, 2)),
-    )
-    metrics = measure(settings, videos, baselines, names)
-    write_json(folder / "metrics.json", metrics)
-    return metrics
-
-
-def label(name: str, video: Video) -> str:
-    return f"{name}\n{video.seconds['denoise']:.2f} s denoising"
-
-
-def save_latents(path: Path, video: Video) -> None:
-    from safetensors.torch import save_file
-
-    partial = path.with_suffix(".partial")
-    save_file({"latents": video.latents.contiguous()}, partial, metadata={"prompt": video.prompt})
-    partial.replace(path)
-
-
-def measure(
-    settings: GenerateSettings,
-    videos: Sequence[Video],
-    baselines: Sequence[Video],
-    names: dict[str, str],
-) -> dict[str, Any]:
-    """metrics.json: sums over videos, per-video entries, and against baselines quality and
-    speed-up.
-    """
-    units = sum(len(video.trace.decisions) for video in videos)
-    blocks = sum(video.trace.blocks for video in videos)
-    computed = sum(video.trace.blocks_computed for video in videos)
-    metrics: dict[str, Any] = {
+    sheet = [(record.entry["prompt"], record.strips) for record in records[:SHEET_VIDEOS]]
+    scale = max(1, min(settings.upscale, 128 // settings.width))
+    write_png(folder / "contact_sheet.png", pictures.contact_sheet(sheet, scale))
+    metrics = {
         "schema": 1,
         "command": "generate",
         "model": names["model"],
         "cache": names["cache"],
         "seed": settings.seed,
         "steps": settings.steps,
-        "prompts": [video.prompt for video in videos],
-        "timing": timing(videos),
-        "compute": {
-            "units_total": units,
-            "units_computed": sum(video.trace.computed for video in videos),
-            "ratio": sum(video.trace.computed for video in videos) / units,
-            "block_ratio": computed / blocks,
-        },
-        "state_bytes_peak": max(video.state_bytes_peak for video in videos),
-        "store": videos[-1].store,
-        "video": [entry(index, video) for index, video in enumerate(videos)],
+        "prompts": [record.entry["prompt"] for record in records],
+        **totals([record.entry for record in records]),
         "versions": versions(),
     }
-    if baselines:
-        for one, video, base in zip(metrics["video"], videos, baselines, strict=True):
-            one["quality"] = quality(base, video)
-            one["speedup"] = {
-                "denoise": speedup(base, video, ("denoise",)),
-                "total": speedup(base, video, PARTS),
-            }
-        metrics["baseline"] = {"timing": timing(baselines)}
-        metrics["quality"] = overall([one["quality"] for one in metrics["video"]])
-        metrics["speedup"] = {
-            "denoise": median(one["speedup"]["denoise"] for one in metrics["video"]),
-            "total": median(one["speedup"]["total"] for one in metrics["video"]),
-            "bound": blocks / computed,
-        }
+    write_json(folder / "metrics.json", metrics)
     return metrics
 
 
-def timing(videos: Sequence[Video]) -> dict[str, float]:
-    sums = {f"{part}_s": sum(video.seconds[part] for video in videos) for part in PARTS}
-    return {**sums, "total_s": sum(sums.values())}
-
-
-def entry(index: int, video: Video) -> dict[str, Any]:
-    return {
-        "file": f"video-{index:03d}.mp4",
-        "prompt": video.prompt,
-        "timing": timing([video]),
-        "ratio": video.trace.computed / len(video.trace.decisions),
+def totals(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over videos; against baselines, quality and median speed-up."""
+    compute = summed([entry["compute"] for entry in entries])
+    compute["ratio"] = compute["units_computed"] / compute["units_total"]
+    compute["block_ratio"] = compute["blocks_computed"] / compute["blocks_total"]
+    result: dict[str, Any] = {
+        "timing": summed([entry["timing"] for entry in entries]),
+        "compute": compute,
+        "state_bytes_peak": max(entry["state_bytes_peak"] for entry in entries),
+        "video": list(entries),
     }
+    if all("quality" in entry for entry in entries):
+        result["baseline"] = {"timing": summed([entry["baseline"]["timing"] for entry in entries])}
+        result["quality"] = overall([entry["quality"] for entry in entries])
+        result["speedup"] = {
+            "denoise": median(entry["speedup"]["denoise"] for entry in entries),
+            "total": median(entry["speedup"]["total"] for entry in entries),
+            "bound": 1 / compute["block_ratio"],
+        }
+    return result
 
 
-def speedup(base: Video, video: Video, parts: tuple[str, ...]) -> float:
-    return sum(base.seconds[part] for part in parts) / sum(video.seconds[part] for part in parts)
-
-
-def quality(base: Video, video: Video) -> dict[str, Any]:
-    """On raw float frames. `psnr` is null where `identical`: an infinite value is not a number."""
-    return {
-        "psnr": psnr(base.frames, video.frames),
-        "ssim": ssim(base.frames, video.frames),
-        "psnr_worst_frame": min(psnr_per_frame(base.frames, video.frames)),
-        "identical": bool((base.frames == video.frames).all()),
-    }
+def summed(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {key: sum(part[key] for part in parts) for key in parts[0]}
 
 
 def overall(qualities: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean over the videos that differ; the worst frame and the worst video of all."""
+    """PSNR as the mean over videos that differ, and of the worst frame and the worst video."""
     different = [q for q in qualities if not q["identical"]]
     return {
         "psnr": fmean(q["psnr"] for q in different) if different else None,
@@ -170,15 +85,15 @@ def overall(qualities: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_summary(folder: Path, metrics: dict[str, Any]) -> None:
-    """The final table: a row per arm, speed-up beside the computed share, quality on raw frames."""
+    """The final table: a row per arm, speed-up beside the computed share, quality."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     compute, compared = metrics["compute"], "speedup" in metrics
     title = f"{metrics['model']}, {len(metrics['prompts'])} video(s), {metrics['steps']} steps"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    columns = ["cache", "denoising", "computed", "kept"]
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
+    columns = ["cache", "denoise", "blocks", "kept"]
     columns += ["speed-up", "PSNR", "worst", "SSIM"] if compared else []
     for column in columns:
         table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=True)
@@ -194,15 +109,13 @@ def print_summary(folder: Path, metrics: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     if metrics["cache"] != "none" and compute["ratio"] == 1:
-        console.print(
-            "the cache skipped nothing: every step was head, tail or asked for by the policy"
-        )
+        console.print("nothing was skipped: every step was head, tail or asked for by the policy")
     if compared:
         bound = metrics["speedup"]["bound"]
         console.print(
-            f"computed: share of blocks run, which allows {bound:.2f}x; worst: worst frame"
+            f"blocks: share computed, which allows {bound:.2f}x; kept: cache state at most;"
         )
-        console.print("PSNR and SSIM on raw frames, against the same prompt and seed without cache")
+        console.print("PSNR, worst frame, SSIM: raw frames against the same seed without cache")
     console.print(str(folder), style="bold", highlight=False, soft_wrap=True)
 
 

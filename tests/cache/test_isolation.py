@@ -176,25 +176,22 @@ def test_names_and_state_dict_stay(pipe):
 
 
 def test_lora_loads_and_acts_while_a_cache_is_attached(pipe):
-    from peft import LoraConfig
-
-    plain = generate(pipe)
-    ditcache.enable_cache(pipe, "interval", every=1)
+    width = pipe.transformer.blocks[0].attn1.to_q.weight.shape[0]
     torch.manual_seed(0)
-    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
-    with_cache = generate(pipe)
+    lora = {
+        f"transformer.blocks.{block}.attn1.to_q.lora_{side}.weight": 0.3 * torch.randn(shape)
+        for block in range(len(pipe.transformer.blocks))
+        for side, shape in (("A", (2, width)), ("B", (width, 2)))
+    }
+    plain = generate(pipe)
+    ditcache.enable_cache(pipe, "interval", every=1, granularity=3)
+    pipe.load_lora_weights(lora)
+    attached = generate(pipe)
     ditcache.disable_cache(pipe)
-    without_cache = generate(pipe)
-    pipe.transformer.delete_adapters("default")
-    pipe.transformer._hf_peft_config_loaded = False
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in list(pipe.transformer.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(pipe.transformer.get_submodule(parent), child, module.get_base_layer())
-    assert torch.equal(with_cache, without_cache)
-    assert not torch.equal(with_cache, plain)
+    alone = generate(pipe)
+    pipe.unload_lora_weights()
+    assert torch.equal(attached, alone)
+    assert not torch.equal(attached, plain)
     assert torch.equal(generate(pipe), plain)
 
 

@@ -42,12 +42,17 @@ def test_cache_map_of_nothing_is_still_a_picture():
 
 
 def test_contact_sheet_shows_the_difference_of_two_rows():
-    a, b = RNG.random((9, 32, 32, 3)), RNG.random((9, 32, 32, 3))
+    a, b = (pictures.sample(RNG.random((9, 32, 32, 3))) for _ in range(2))
     one = pictures.contact_sheet([("a caption", [("x", a)])], 1)
     two = pictures.contact_sheet([("a caption", [("x", a), ("y", b)])], 1)
     assert two.shape[1] == one.shape[1] and two.shape[0] == one.shape[0] + 2 * 32
     same = pictures.contact_sheet([("a caption", [("x", a), ("y", a)])], 1)
     assert (same[-32:, 150:] == 0).all() and (two[-32:, 150:] > 0).any()
+
+
+def test_samples_of_large_frames_are_thinned_out():
+    assert pictures.sample(np.zeros((81, 480, 832, 3)), 5).shape == (5, 120, 208, 3)
+    assert pictures.sample(np.zeros((1, 64, 64, 3)), 3).shape == (3, 64, 64, 3)
 
 
 def test_captions_wrap_to_the_width():

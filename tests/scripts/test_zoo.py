@@ -3,6 +3,7 @@
 import json
 import math
 
+import eval_zoo
 import numpy as np
 import pytest
 import torch
@@ -144,7 +145,11 @@ def test_the_zoo_is_small_and_has_a_card():
 
 def test_the_embedded_model_follows_captions(bundle):
     """A handful of captions; `scripts/eval_zoo.py` measures hundreds."""
-    from zoo import family
-
-    shares = family.caption_following(bundle.pipe, seed=77, count=8)
-    assert shares["background"] >= 0.85 and shares["colour"] >= 0.75 and shares["direction"] >= 0.75
+    results, videos, _ = eval_zoo.evaluate(bundle.pipe, 8, seed=77)
+    shares = {
+        name: right / asked for name, (right, asked) in results["scores"]["generated"].items()
+    }
+    assert all(share >= 0.75 for share in shares.values()), shares
+    assert results["scores"]["true clips"]["shape"] == (8, 8)
+    assert results["vae_psnr"] >= eval_zoo.GOALS["psnr"]
+    assert videos.shape == (8, 17, 64, 64, 3)
