@@ -170,6 +170,8 @@ MISTAKES = {
         "cache=interval",
         "cache.policy._target_=ditcache.cache.policies.interval.Intervall",
     ): "Did you mean 'Interval'?",
+    ("generate", "guidance_low=3"): "guidance_low: this model has one expert",
+    ("generate", "model.boundary=0.5"): "model.boundary: this model has one expert",
     ("generate", "height=70"): "height: must be a multiple of 16, got 70; nearest: 64 or 80",
     ("generate", "width=0"): "width: must be a multiple of 16, got 0; nearest: 16 or 32",
     ("generate", "num_frames=16"): "num_frames: must be 4n + 1, got 16; nearest: 13 or 17",

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ditcache.cache.settings import CacheSettings
 from ditcache.config import build
-from ditcache.models.base import Model
+from ditcache.errors import ConfigError
+from ditcache.models.base import Bundle, Model
 from ditcache.prompts import Prompts, choose_prompts
 from ditcache.store.base import Store
 
@@ -80,6 +81,7 @@ def run(cfg: DictConfig) -> float | None:
         from ditcache.report.summary import print_summary, write_summary
 
         bundle = load(settings.model)
+        check_experts(bundle, settings)
         check_fit(bundle, settings.cache)
         folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))
         renderer, names = Renderer(bundle, settings, show), chosen_options()
@@ -102,3 +104,15 @@ def run(cfg: DictConfig) -> float | None:
         metrics = write_summary(folder, settings, names, records)
     print_summary(folder, metrics)
     return metrics.get("speedup", {}).get("denoise")
+
+
+def check_experts(bundle: Bundle, settings: GenerateSettings) -> None:
+    """Settings of a second expert have no effect on a model with one, so they are refused there."""
+    if len(bundle.experts) > 1:
+        return
+    for name, value in (
+        ("guidance_low", settings.guidance_low),
+        ("model.boundary", settings.model.boundary),
+    ):
+        if value is not None:
+            raise ConfigError(f"{name}: this model has one expert; set {name}=null")
