@@ -11,83 +11,92 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
-    CompactHydraException,
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ditcache.cli import conf_dir, fail, groups, options
-from ditcache.errors import DitcacheError, one_of
+from ditcache.errors import DitcacheError, first_line, one_of
+
+
+class NoteFolders(Callback):
+    """Hydra callback: remembers, before Hydra makes the output folder, what was there already."""
+
+    first_existing: Path | None = None
+    had_record = False
+
+    def on_run_start(self, config: DictConfig, **kwargs: object) -> None:
+        self.note(config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
+        self.note(config.hydra.sweep.dir)
+
+    def note(self, folder: str) -> None:
+        path = Path(folder).absolute()
+        NoteFolders.first_existing = next(p for p in (path, *path.parents) if p.exists())
+        NoteFolders.had_record = (path / ".hydra").exists()
 
 
 def run_command(command: str, arguments: list[str], *, program: str | None = None) -> int:
     """Compose the command's configuration and run it; returns the exit code."""
     module = command.replace("-", "_")
     sys.argv = [program or f"ditcache {command}", *arguments]
-    os.environ.setdefault(
-        "HYDRA_FULL_ERROR", "1"
-    )  # exceptions reach us instead of being printed by Hydra
-    mistakes: list[DitcacheError] = []
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let exceptions reach us
+    mistakes: list[int] = []
 
     def task(cfg: DictConfig) -> float | None:
         try:
             with discarding_empty_run_folder():
                 return import_module(f"ditcache.commands.{module}").run(cfg)
-        except DitcacheError as error:
-            if (
-                HydraConfig.get().mode == RunMode.MULTIRUN
-            ):  # tell the launcher, so that a sweep shows the failure
-                job = HydraConfig.get().job.num
-                raise CompactHydraException(f"job {job}: {error}") from None
-            mistakes.append(error)
+        except (DitcacheError, OSError) as error:
+            hydra_config = HydraConfig.get()
+            sweeping = hydra_config.mode == RunMode.MULTIRUN
+            where = f"ditcache {command}: job {hydra_config.job.num}" if sweeping else ""
+            mistakes.append(fail(f"{where or f'ditcache {command}'}: {explain(error)}"))
+            if sweeping:  # so that the launcher counts it as failed; the other jobs still run
+                raise
             return None
 
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir().resolve()), config_name=module)(
-            task
-        )()
+        conf = str(conf_dir().resolve())
+        hydra.main(version_base="1.3", config_path=conf, config_name=module)(task)()
     except KeyboardInterrupt:
-        print(f"ditcache {command}: interrupted; nothing unfinished was kept", file=sys.stderr)
+        print(f"ditcache {command}: interrupted; what was finished is kept", file=sys.stderr)
         return 130
-    except (HydraException, OmegaConfBaseException) as error:
-        return fail(f"ditcache {command}: {explain(error)}")
-    except OSError as error:
-        if error.filename is None:
-            raise
-        return fail(f"ditcache {command}: cannot write {error.filename}: {error.strerror}")
-    return fail(f"ditcache {command}: {mistakes[0]}") if mistakes else 0
+    except (DitcacheError, HydraException, OmegaConfBaseException, OSError) as error:
+        if not mistakes:
+            mistakes.append(fail(f"ditcache {command}: {explain(error)}"))
+    return mistakes[0] if mistakes else 0
 
 
 @contextlib.contextmanager
 def discarding_empty_run_folder() -> Iterator[None]:
-    """After an error, take away the folder Hydra made if the command had not put anything into
-    it.
-    """
+    """After an error, take away the folder made for this run if it holds no result."""
     try:
         yield
     except BaseException:
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        if folder.is_dir() and all(
-            x.name == ".hydra" or x.suffix == ".log" for x in folder.iterdir()
-        ):
+        folder, keep = Path(HydraConfig.get().runtime.output_dir), NoteFolders.first_existing
+        if keep == folder and not NoteFolders.had_record:
+            shutil.rmtree(folder / ".hydra", ignore_errors=True)
+        elif keep != folder and {x.name for x in folder.iterdir()} <= {".hydra", "config.yaml"}:
             shutil.rmtree(folder)
-            with contextlib.suppress(
-                OSError
-            ):  # the first parent that holds something else ends this
-                for parent in folder.parents:
-                    parent.rmdir()
+            for parent in folder.parents:
+                if keep is None or parent == keep or any(parent.iterdir()):
+                    break
+                parent.rmdir()
         raise
 
 
 def explain(error: Exception) -> str:
-    """One line for an error of Hydra or OmegaConf: path, what came, what is allowed, the nearest
-    name.
-    """
+    """One line for an error: path, what came, what is allowed, the nearest name."""
+    if isinstance(error, OSError) and not isinstance(error, MissingConfigException):
+        return f"cannot write {error.filename}: {error.strerror or first_line(error)}"
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
@@ -114,7 +123,3 @@ def explain(error: Exception) -> str:
         if f"'{group}'" in text and "override" in text.lower():
             return f"{group}: {text}"
     return text
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

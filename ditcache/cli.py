@@ -1,7 +1,6 @@
 """`ditcache <command> ...`: finds the command and hands the rest to its Hydra application.
 
-Standard library only, so that `--help` and a mistyped command answer at once. Prompts are taken out
-of Hydra's grammar here: they are quoted for it, so that people type them as they are.
+Standard library only, so that `--help` and a mistyped command answer at once.
 """
 
 import os
@@ -10,27 +9,8 @@ import sys
 from pathlib import Path
 
 from ditcache import __version__
-from ditcache.errors import one_of
-
-OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*=")
-DELETION = re.compile(r"~[A-Za-z_][\w./@:-]*$")
-FLAGS_WITH_VALUE = {
-    "--cfg",
-    "-c",
-    "--package",
-    "-p",
-    "--config-path",
-    "-cp",
-    "--config-name",
-    "-cn",
-    "--config-dir",
-    "-cd",
-    "--experimental-rerun",
-    "--info",
-    "-i",
-    "--shell-completion",
-    "-sc",
-}
+from ditcache.arguments import hydra_arguments
+from ditcache.errors import DitcacheError, one_of
 
 
 def main() -> None:
@@ -60,9 +40,13 @@ def run(arguments: list[str]) -> int:
         group, _, value = argument.partition("=")
         if value in ("null", "") and group in groups():
             return fail(f"ditcache {word}: {group}: needs a name. {one_of('none', options(group))}")
+    try:
+        passed = hydra_arguments(rest)
+    except DitcacheError as error:
+        return fail(f"ditcache {word}: {error}")
     from ditcache.app import run_command
 
-    return run_command(word, hydra_arguments(rest))
+    return run_command(word, passed)
 
 
 def fail(message: str) -> int:
@@ -140,50 +124,6 @@ def command_help(command: str) -> str:
     ]
     lines += ["       --config-dir FOLDER (own YAML beside ours), --info searchpath"]
     return "\n".join(lines)
-
-
-def hydra_arguments(arguments: list[str]) -> list[str]:
-    """Arguments as Hydra wants them: `prompt=...` quoted, free-standing prompts gathered into one
-    list.
-    """
-    passed, prompts, value_next = [], [], False
-    for argument in arguments:
-        if value_next or argument.startswith("-"):
-            value_next = argument in FLAGS_WITH_VALUE
-            passed.append(argument)
-        elif argument.startswith(("prompt=", "negative_prompt=")):
-            key, _, value = argument.partition("=")
-            passed.append(f"{key}={value if is_hydra_list(value) else quote(strip_quotes(value))}")
-        elif OVERRIDE.match(argument) or DELETION.match(argument):
-            passed.append(argument)
-        else:
-            prompts.append(argument)
-    if prompts:
-        passed.append(f"prompt=[{','.join(quote(prompt) for prompt in prompts)}]")
-    return passed
-
-
-def is_hydra_list(value: str) -> bool:
-    """Whether a prompt value is several quoted prompts: `['a','b']`, or `'a','b'` for a sweep."""
-    one = r"""(?:'[^']*'|"[^"]*")"""
-    return bool(re.fullmatch(rf"\[{one}(?:,\s*{one})*\]|{one}(?:,\s*{one})+", value))
-
-
-def strip_quotes(value: str) -> str:
-    """Undo the second pair of quotes of somebody who knows Hydra."""
-    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
-
-
-def quote(text: str) -> str:
-    """Any text as one quoted Hydra value that OmegaConf will not interpolate."""
-    text = escape_interpolation(text)
-    text = re.sub(r"(\\+)('|$)", lambda m: m[1] * 2 + m[2], text)
-    return "'" + text.replace("'", r"\'") + "'"
-
-
-def escape_interpolation(text: str) -> str:
-    """`${` as OmegaConf wants it where no interpolation is meant."""
-    return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", text)
 
 
 def complete(arguments: list[str]) -> int:

@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ditcache.cli import conf_dir, escape_interpolation, options
-from ditcache.errors import ConfigError, one_of
+from ditcache.arguments import escape_interpolation
+from ditcache.cli import conf_dir, options
+from ditcache.errors import ConfigError, first_line, one_of
 
 T = TypeVar("T")
 
@@ -46,6 +47,8 @@ def build(cfg: DictConfig, key: str, base: type[T]) -> T:
         if name not in fields:
             raise ConfigError(f"{path(key, name)}: no such key. {one_of(name, fields)}")
         child, part = component_of(hints[name]), resolved(node, name, key)
+        if child is not None and part is None and type(None) not in typing.get_args(hints[name]):
+            raise ConfigError(f"{path(key, name)}: needs an option, not null")
         if child is not None:
             parts[name] = None if part is None else build(cfg, path(key, name), child)
         else:
@@ -78,7 +81,7 @@ def resolved(node: DictConfig, name: str, key: str) -> Any:
     try:
         return node[name]
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path(key, name)}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path(key, name)}: {first_line(error)}") from None
 
 
 def convert(where: str, hint: Any, value: Any) -> Any:
@@ -88,7 +91,7 @@ def convert(where: str, hint: Any, value: Any) -> Any:
         typed = OmegaConf.merge(OmegaConf.structured(holder), {"value": literal(value)})
         return typing.cast(dict, OmegaConf.to_container(typed, resolve=True))["value"]
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {str(error).strip().splitlines()[0]}") from None
+        raise ConfigError(f"{where}: {first_line(error)}") from None
 
 
 def literal(value: Any) -> Any:
@@ -134,9 +137,9 @@ def locate(target: str, where: str) -> Any:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{where}: cannot import {target}: {error}") from None
-    except ValueError:
+    except ImportError as error:
+        raise ConfigError(f"{where}: cannot import {target}: {first_line(error)}") from None
+    except (ValueError, TypeError):
         raise ConfigError(f"{where}: needs package.module.Class, got '{target}'") from None
     if not hasattr(module, name):
         names = [n for n in vars(module) if isinstance(vars(module)[n], type)]

@@ -27,3 +27,8 @@ def one_of(word: str, allowed: Iterable[str]) -> str:
     """ "Did you mean ...? One of: ..." for messages about an unknown name."""
     names = sorted(allowed)
     return f"{did_you_mean(word, names)} One of: {', '.join(names)}".strip()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

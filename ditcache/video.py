@@ -1,55 +1,47 @@
-"""Frames -> mp4 and PNG, to look at. Numbers never come from these files. Knows nothing of
-models.
-"""
+"""Frames -> mp4 and PNG, to look at; numbers never come from them. Knows nothing of models."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ditcache.files import complete_file
+
 
 def to_uint8(frames: np.ndarray, upscale: int = 1) -> np.ndarray:
-    """float [..., H, W, 3] in 0..1 -> uint8, rounded, enlarged by repeating pixels."""
-    pixels = (np.clip(frames, 0, 1) * 255 + 0.5).astype(np.uint8)
-    return pixels.repeat(upscale, axis=-3).repeat(upscale, axis=-2) if upscale > 1 else pixels
+    """float [..., H, W, 3] in 0..1 -> uint8, rounded, enlarged by repeating pixels; uint8 stays."""
+    if frames.dtype != np.uint8:
+        frames = (np.clip(frames, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return frames.repeat(upscale, axis=-3).repeat(upscale, axis=-2) if upscale > 1 else frames
 
 
 def write_mp4(path: Path, frames: np.ndarray, *, fps: int = 16, upscale: int = 1) -> None:
-    """H.264 at near-visual losslessness; the file appears under its name only when complete.
+    """H.264 near visual losslessness.
 
-    frames: float [T, H, W, 3] in 0..1. Odd sides lose their last row or column (a rule of 4:2:0
-    colour).
+    frames: [T, H, W, 3], float in 0..1 or uint8. Odd sides lose their last row or column (a rule of
+    4:2:0 colour).
     """
     import imageio.v2 as imageio
 
-    writer: Any
-
     pixels = to_uint8(frames, upscale)
     pixels = pixels[:, : pixels.shape[1] // 2 * 2, : pixels.shape[2] // 2 * 2]
-    partial = path.with_name(f".{path.stem}.partial.mp4")
-    try:
-        with imageio.get_writer(
-            partial,
-            fps=fps,
-            codec="libx264",
-            quality=None,
-            macro_block_size=2,
-            output_params=["-crf", "15", "-movflags", "+faststart"],
-        ) as writer:
-            for frame in pixels:
-                writer.append_data(frame)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    settings: dict[str, Any] = {
+        "codec": "libx264",
+        "quality": None,
+        "macro_block_size": 2,
+        "output_params": ["-crf", "15", "-movflags", "+faststart"],
+    }
+    writer: Any
+    with complete_file(path) as partial, imageio.get_writer(partial, fps=fps, **settings) as writer:
+        for frame in pixels:
+            writer.append_data(frame)
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
-    """uint8 [H, W, 3] -> PNG, complete or not at all."""
+    """uint8 [H, W, 3] -> PNG."""
     from PIL import Image
 
-    partial = path.with_name(f".{path.stem}.partial.png")
-    Image.fromarray(image).save(partial)
-    os.replace(partial, path)
+    with complete_file(path) as partial:
+        Image.fromarray(image).save(partial)

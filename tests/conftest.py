@@ -36,3 +36,28 @@ def checkpoints(tmp_path_factory):
     from random_checkpoints import save_all
 
     return save_all(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def read_mp4():
+    """Path and size of an mp4 -> uint8 frames [T, H, W, 3]."""
+    import subprocess
+
+    import imageio_ffmpeg
+    import numpy as np
+
+    def read(path, height, width):
+        command = [
+            imageio_ffmpeg.get_ffmpeg_exe(),
+            "-i",
+            path,
+            "-f",
+            "rawvideo",
+            "-pix_fmt",
+            "rgb24",
+            "-",
+        ]
+        raw = subprocess.run(command, capture_output=True, check=True).stdout
+        return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
+
+    return read

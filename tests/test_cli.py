@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from ditcache import cli
+from ditcache.arguments import hydra_arguments, quoted_override
 
 
 def parsed(arguments):
     """What the configuration holds after Hydra has read these arguments."""
-    overrides = OverridesParser.create().parse_overrides(cli.hydra_arguments(arguments))
+    overrides = OverridesParser.create().parse_overrides(hydra_arguments(arguments))
     values = OmegaConf.create({o.key_or_group: o.value() for o in overrides})
     return OmegaConf.to_container(values, resolve=True)
 
@@ -57,9 +58,29 @@ def test_hydra_users_may_quote_twice_or_give_a_list():
     assert parsed(["prompt=['a, b','c']"])["prompt"] == ["a, b", "c"]
 
 
-def test_values_of_flags_are_no_prompts():
-    arguments = ["--config-dir", "my_conf", "-cn", "x", "~cache.head", "a prompt"]
-    assert cli.hydra_arguments(arguments) == [*arguments[:-1], "prompt=['a prompt']"]
+def test_a_prompt_may_begin_and_end_with_quotes():
+    assert parsed(['prompt="stop" said the "fox"'])["prompt"] == '"stop" said the "fox"'
+    assert parsed(["prompt='a' or 'b' or 'c'"])["prompt"] == "'a' or 'b' or 'c'"
+    assert parsed(['"quoted" alone'])["prompt"] == ['"quoted" alone']
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab'\"\\${}, ", min_size=1))
+def test_any_free_prompt_survives(text):
+    assert parsed(["x" + text])["prompt"] == ["x" + text]
+
+
+def test_flags_go_first_whatever_the_order():
+    arguments = ["a prompt", "steps=2", "--config-dir", "my conf", "-m", "~cache.head", "--cfg=job"]
+    assert hydra_arguments(arguments) == [
+        "--config-dir", "my conf", "-m", "--cfg", "job", "steps=2", "~cache.head", "prompt=['a prompt']",
+    ]  # fmt: skip
+
+
+def test_paths_are_quoted_only_where_they_must_be():
+    assert quoted_override("image=my cat (1).png") == "image='my cat (1).png'"
+    assert quoted_override("model.path=/data/Wan2.1-T2V") == "model.path=/data/Wan2.1-T2V"
+    assert quoted_override("prompt_file='a b.txt'") == "prompt_file='a b.txt'"
 
 
 def test_help_imports_neither_torch_nor_hydra_nor_rich():
@@ -172,6 +193,26 @@ MISTAKES = {
     ): "Did you mean 'Interval'?",
     ("generate", "guidance_low=3"): "guidance_low: this model has one expert",
     ("generate", "model.boundary=0.5"): "model.boundary: this model has one expert",
+    ("generate", "guidance=1", "guidance_low=3"): "guidance_low: has no effect without guidance",
+    (
+        "generate",
+        "guidance=1",
+        "negative_prompt=x",
+    ): "negative_prompt: has no effect without guidance",
+    (
+        "generate",
+        "+cache.head=9",
+    ): "cache.policy: without one no setting has an effect; use cache=none",
+    ("generate", "cache=interval", "cache.policy=null"): "use cache=none",
+    (
+        "generate",
+        "cache=interval",
+        "cache.forecaster=null",
+    ): "cache.forecaster: needs an option, not null",
+    ("generate", "cache=interval", "cache.policy._target_=.a.B"): "needs package.module.Class",
+    ("generate", "seed=100000000000000000000"): "seed: must be < 2**63",
+    ("generate", "num_frames=801"): "num_frames: this model's position tables end at 512, got 801",
+    ("generate", "model=chronoedit", "num_frames=29"): "num_frames: an edit has 5",
     ("generate", "height=70"): "height: must be a multiple of 16, got 70; nearest: 64 or 80",
     ("generate", "width=0"): "width: must be a multiple of 16, got 0; nearest: 16 or 32",
     ("generate", "num_frames=16"): "num_frames: must be 4n + 1, got 16; nearest: 13 or 17",
@@ -186,8 +227,9 @@ MISTAKES = {
         "model.path=zoo:wan-tin",
     ): "model.path: the zoo has no 'wan-tin'. Did you mean 'wan-tiny'?",
     ("generate", "model.dtype=fp16"): "model.dtype: no 'fp16'. Did you mean 'float16'?",
-    ("generate", "model.device=tpu0"): "model.device: no device 'tpu0'",
+    ("generate", "model.device=tpu0"): "model.device: cannot use 'tpu0'",
     ("generate", "model.offload=model"): "needs a GPU",
+    ("generate", "model.device=cuda:99"): "model.device: cannot use 'cuda:99'",
     ("generate", "model=wan"): "set model.path=<diffusers folder>, or model=tiny",
     ("generate", "hydra.run.dir=afile/x"): "cannot write afile/x: Not a directory",
     ("generate", "steps=${steps}"): "steps",

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import imageio.v3 as iio
-import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -47,8 +45,10 @@ def metrics_of(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
-def test_files_and_keys(generate, capsys):
-    folder = generate(PROMPT, "b, [c]", "cache=taylorseer", "steps=9", "compare=true", "seed=4")
+def test_files_and_keys(generate, read_mp4, capsys):
+    folder = generate(
+        PROMPT, "b, [c]", "cache=taylorseer", "cache.head=3", "steps=9", "compare=true", "seed=4"
+    )
     names = {path.name for path in folder.iterdir()}
     assert names == {
         ".hydra",
@@ -90,7 +90,7 @@ def test_files_and_keys(generate, capsys):
         "nbytes",
     }
 
-    frames = np.stack(list(iio.imiter(folder / "video-000.mp4", plugin="FFMPEG")))
+    frames = read_mp4(folder / "video-000.mp4", 320, 320)
     assert frames.shape == (17, 320, 320, 3)
     out = capsys.readouterr().out
     assert "taylorseer" in out and "dB" in out and str(folder) in out.replace("\n", "")
@@ -139,11 +139,23 @@ def test_a_comparison_with_itself_is_identical(generate):
 
 def test_the_second_video_equals_a_fresh_process(generate, tmp_path):
     both = generate(
-        "a red star", "a blue cross", "cache=taylorseer", "steps=8", "save_latents=true"
+        "a red star",
+        "a blue cross",
+        "cache=taylorseer",
+        "cache.head=2",
+        "steps=8",
+        "save_latents=true",
     )
     second = load_file(both / "latents-001.safetensors")["latents"]
     code = "import sys; from ditcache.cli import run; sys.exit(run(sys.argv[1:]))"
-    arguments = ["generate", "a blue cross", "cache=taylorseer", "steps=8", "save_latents=true"]
+    arguments = [
+        "generate",
+        "a blue cross",
+        "cache=taylorseer",
+        "cache.head=2",
+        "steps=8",
+        "save_latents=true",
+    ]
     fresh = [
         sys.executable,
         "-c",
@@ -157,10 +169,13 @@ def test_the_second_video_equals_a_fresh_process(generate, tmp_path):
 
 
 def test_a_sweep_runs_every_job_with_the_model_loaded_once(tmp_path, monkeypatch):
-    from ditcache.models.load import load_pipeline
+    from ditcache.models import load
 
+    loads = []
+    real = load.load_pipeline
+    monkeypatch.setattr(load, "load_pipeline", lambda model: loads.append(model) or real(model))
     monkeypatch.chdir(tmp_path)
-    load_pipeline.cache_clear()
+    load.LOADED.clear()
     arguments = [
         "generate",
         "-m",
@@ -170,7 +185,7 @@ def test_a_sweep_runs_every_job_with_the_model_loaded_once(tmp_path, monkeypatch
         "steps=3",
     ]
     assert cli.run([*arguments, f"hydra.sweep.dir={tmp_path}/sweep"]) == 0
-    assert load_pipeline.cache_info().misses == 1
+    assert len(loads) == 1
     ratios = [metrics_of(tmp_path / "sweep" / str(job))["compute"]["ratio"] for job in range(2)]
     assert ratios[0] == 1.0 and metrics_of(tmp_path / "sweep/1")["prompts"] == ["a, red star"]
 
@@ -199,11 +214,64 @@ def test_show_the_configuration(capsys):
 def test_an_interrupted_run_leaves_nothing_under_a_final_name(
     generate, tmp_path, monkeypatch, capsys
 ):
-    def interrupt(*args, **kwargs):
+    def write_half_and_stop(frames, path, **settings):
+        Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ditcache.report.pictures.contact_sheet", interrupt)
+    monkeypatch.setattr("PIL.Image.Image.save", write_half_and_stop)
     generate("steps=1", code=130)
     assert "interrupted" in capsys.readouterr().err
-    assert not (tmp_path / "run/metrics.json").exists()
-    assert not list((tmp_path / "run").glob("*.partial*"))
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {".hydra", "config.yaml", "steps.jsonl", "video-000.mp4"}
+
+
+def test_a_full_disk_is_one_line(generate, tmp_path, monkeypatch, capsys):
+    def no_space(frames, path, **settings):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", no_space)
+    generate("steps=1", code=2)
+    error = capsys.readouterr().err
+    assert "cache_map.png: No space left on device" in error and len(error.splitlines()) == 1
+    assert not list((tmp_path / "run").glob(".*partial*"))
+
+
+def test_a_mistake_never_touches_what_was_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/mine.log").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for folder in ("logs", "empty", "empty/new/deep"):
+        assert cli.run(["generate", "steps=0", f"hydra.run.dir={folder}"]) == 2
+    kept = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert kept == ["empty", "logs", "logs/mine.log"]
+
+
+@pytest.mark.parametrize("content", [b"not a picture", None])
+def test_a_picture_that_cannot_be_read(checkpoints, tmp_path, monkeypatch, capsys, content):
+    monkeypatch.chdir(tmp_path)
+    if content:
+        (tmp_path / "my cat (1).png").write_bytes(content)
+    arguments = [
+        "model=wan2.2_i2v",
+        f"model.path={checkpoints['wan2.2_i2v']}",
+        "image=my cat (1).png",
+    ]
+    assert cli.run(["generate", *arguments, "height=32", "width=32", "num_frames=5"]) == 2
+    assert "my cat (1).png" in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_image_to_video_from_the_command_line(checkpoints, generate, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "cat.png")
+    folder = generate(
+        "the cat yawns", "model=wan2.2_i2v", f"model.path={checkpoints['wan2.2_i2v']}", "image=cat.png",
+        "model.dtype=float32", "height=32", "width=32", "num_frames=5", "steps=8", "cache=interval",
+        "cache.head=1", "compare=true",
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert {row["expert"] for row in rows} == {"transformer", "transformer_2"}
+    assert metrics_of(folder)["compute"]["ratio"] < 1

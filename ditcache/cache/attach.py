@@ -1,7 +1,9 @@
 """Puts a step cache on a transformer, a diffusers pipeline or a bundle, and takes it off again.
 
-One `ModelHook` on the transformer's root learns step and branch from diffusers' `cache_context`;
-the block list is replaced on the instance by one that yields units. Classes are never touched.
+The block list is replaced on the instance by one that yields units. A stateful diffusers hook on
+that list learns step and branch from `cache_context`; torch's own forward hooks on the transformer
+mark the beginning and end of each forward. `transformer.forward` itself is left alone, because
+offload hooks of accelerate and diffusers wrap and restore it. Classes are never touched.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import nn
@@ -20,7 +23,7 @@ from ditcache.cache.settings import CacheSettings, read_settings
 from ditcache.cache.trace import Trace
 from ditcache.cache.units import UnitList, partition
 from ditcache.errors import DitcacheError
-from ditcache.models.base import block_list_name
+from ditcache.models.base import block_list_name, transformers_of
 from ditcache.store.base import Store
 from ditcache.store.device import DeviceStore
 
@@ -44,9 +47,7 @@ class StepCache:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """JSON-serialisable: settings, per expert/branch/unit counts, signals and bytes, and the
-        store's counters.
-        """
+        """JSON-serialisable: settings, counts, signals and bytes per unit, the store's counters."""
         return {
             "policy": self.settings.name,
             "forecaster": type(self.settings.forecaster).__name__,
@@ -65,19 +66,32 @@ class StepCache:
             detach_expert(transformer)
 
 
-class StepCacheHook(ModelHook):
-    """Marks the beginning and end of each forward for the driver."""
+class ContextHook(ModelHook):
+    """Receives diffusers' cache context, and word that a run has ended. Sits on the block list."""
 
     _is_stateful = True
 
-    def __init__(self, cache: StepCache, driver: Driver):
+    def __init__(self, run: Run):
         super().__init__()
-        self.cache, self.driver = cache, driver
-        self.contexts = StateManager(BaseState)
+        self.run, self.contexts = run, StateManager(BaseState)
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """diffusers pipelines call this at the end of a run."""
+        self.run.end()
+        return module
+
+
+class ForwardHooks:
+    """Torch hooks that tell the driver when the expert's forward begins and ends."""
+
+    def __init__(self, cache: StepCache, driver: Driver, context: ContextHook):
+        self.cache, self.driver, self.context = cache, driver, context
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
+            raise DitcacheError("step cache: gradient checkpointing would recompute skipped blocks")
         try:
-            context = self.contexts.context
+            context = self.context.contexts.context
         except ValueError:  # none is set
             context = None
         if context is None or context.step_index is None or context.num_inference_steps is None:
@@ -91,15 +105,9 @@ class StepCacheHook(ModelHook):
             context.name, context.step_index, context.num_inference_steps, context.sigma, timestep
         )
         self.driver.begin_call(call, self.cache.schedule_of)
-        try:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        finally:
-            self.driver.end_call()
 
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """diffusers pipelines call this when a run has ended."""
-        self.cache.run.end()
-        return module
+    def end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.driver.end_call()
 
 
 def enable_cache(
@@ -123,7 +131,7 @@ def enable_cache(
     if granularity is not None:
         knobs["granularity"] = granularity
     settings = read_settings(policy, forecaster, dict(knobs))
-    return attach_settings(target, settings, store or DeviceStore())
+    return attach_settings(target, settings, DeviceStore() if store is None else store)
 
 
 def attach_settings(target: Any, settings: CacheSettings, store: Store) -> StepCache:
@@ -133,15 +141,24 @@ def attach_settings(target: Any, settings: CacheSettings, store: Store) -> StepC
     if settings.policy is None:
         return cache
     for transformer in cache.experts.values():
-        existing = hook_of(transformer)
-        if existing is not None:
-            raise DitcacheError(
-                "enable_cache: this transformer already has a cache "
-                f"({existing.cache.settings.name}); call disable_cache first"
-            )
+        refuse_second_cache(transformer)
     check_fit(target, settings)
     cache.attach()
     return cache
+
+
+def refuse_second_cache(transformer: nn.Module) -> None:
+    blocks = blocks_of(transformer)
+    if isinstance(blocks, UnitList):
+        name = blocks.driver.settings.name
+        raise DitcacheError(
+            f"enable_cache: this transformer already has a cache ({name}); call disable_cache first"
+        )
+    if getattr(transformer, "is_cache_enabled", False):
+        raise DitcacheError(
+            "enable_cache: this transformer has one of diffusers' own caches; call "
+            "transformer.disable_cache() first"
+        )
 
 
 def check_fit(target: Any, settings: CacheSettings) -> None:
@@ -156,18 +173,15 @@ def check_fit(target: Any, settings: CacheSettings) -> None:
 def disable_cache(target: Any) -> None:
     """Take the step cache off `target` and free what it keeps; does nothing where there is none."""
     for transformer in experts_of(target).values():
-        hook = hook_of(transformer)
-        if hook is not None:
-            hook.cache.detach()
+        blocks = blocks_of(transformer)
+        if isinstance(blocks, UnitList):
+            blocks.cache.detach()
 
 
 def experts_of(target: Any) -> dict[str, nn.Module]:
     """Expert name -> transformer: `transformer`, and `transformer_2` where a pipeline has two."""
     target = getattr(target, "pipe", target)
-    if isinstance(target, nn.Module):
-        return {"transformer": target}
-    names = ("transformer", "transformer_2")
-    experts = {name: part for name in names if (part := getattr(target, name, None)) is not None}
+    experts = {"transformer": target} if isinstance(target, nn.Module) else transformers_of(target)
     if not experts:
         raise DitcacheError(f"enable_cache: {type(target).__name__} has no transformer")
     return experts
@@ -204,22 +218,26 @@ def units_of(transformer: nn.Module, settings: CacheSettings) -> list[range]:
 
 def attach_expert(name: str, transformer: nn.Module, cache: StepCache) -> None:
     spans = units_of(transformer, cache.settings)
-    driver = Driver(name, cache.settings, cache.run, len(spans))
-    assert cache.settings.policy is not None
-    units = UnitList(blocks_of(transformer), driver, cache.settings.policy.probe, spans)
-    setattr(transformer, block_list_name(transformer), units)
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    registry.register_hook(StepCacheHook(cache, driver), HOOK)
+    driver, context = Driver(name, cache.settings, cache.run, len(spans)), ContextHook(cache.run)
+    forwards = ForwardHooks(cache, driver, context)
+    handles = (
+        transformer.register_forward_pre_hook(forwards.begin, with_kwargs=True),
+        transformer.register_forward_hook(forwards.end, always_call=True),
+    )
+    units = UnitList(blocks_of(transformer), cache, driver, spans, handles)
+    HookRegistry.check_if_exists_or_initialize(units).register_hook(context, HOOK)
+    replace_blocks(transformer, units)
 
 
 def detach_expert(transformer: nn.Module) -> None:
     units = blocks_of(transformer)
     if isinstance(units, UnitList):
-        setattr(transformer, block_list_name(transformer), units.original)
-    HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(HOOK, recurse=False)
+        for handle in units.handles:
+            handle.remove()
+        replace_blocks(transformer, units.original)
 
 
-def hook_of(transformer: nn.Module) -> StepCacheHook | None:
-    registry = getattr(transformer, "_diffusers_hook", None)
-    hook = None if registry is None else registry.get_hook(HOOK)
-    return hook if isinstance(hook, StepCacheHook) else None
+def replace_blocks(transformer: nn.Module, blocks: nn.ModuleList) -> None:
+    """Set the block list; diffusers remembers which children carry hooks and must look again."""
+    setattr(transformer, block_list_name(transformer), blocks)
+    HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()

@@ -7,6 +7,7 @@ last one, head, tail, the longest run of skips and the budget. Knows nothing of 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,19 +26,21 @@ if TYPE_CHECKING:
     from ditcache.store.base import Store
 
 
+GENERATIONS = itertools.count(1)  # unique in the process, so that caches may share a store
+
+
 class Run:
     """What all experts of one pipeline share: the store, the trace and the generation under way."""
 
     def __init__(self, store: Store):
-        self.store, self.trace, self.count = store, Trace(), 0
+        self.store, self.trace = store, Trace()
         self.generation: Generation | None = None
 
     def begin(self, schedule: Schedule) -> Generation:
         """Start a new generation with nothing remembered."""
         self.end()
-        self.count += 1
         self.trace = Trace()
-        self.generation = Generation(self.count, schedule, self.store)
+        self.generation = Generation(next(GENERATIONS), schedule, self.store)
         return self.generation
 
     def end(self) -> None:

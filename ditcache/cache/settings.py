@@ -47,6 +47,12 @@ class CacheSettings:
                 f"got {self.granularity!r}"
             )
 
+    def check_effect(self) -> None:
+        """Raises ValueError if there is no policy that the other settings could act on."""
+        rules = (self.granularity, self.head, self.tail, self.max_skips, self.budget)
+        if self.policy is None and (self.forecaster, *rules) != (Hold(), "stack", 1, 1, None, None):
+            raise ValueError("cache.policy: without one no setting has an effect; use cache=none")
+
     @property
     def name(self) -> str:
         return "none" if self.policy is None else type(self.policy).__name__
@@ -81,6 +87,8 @@ def read_settings(
                 f"enable_cache: {label} takes no '{name}' here. {one_of(name, own + driver)}"
             )
         OmegaConf.update(node, f"policy.{name}" if name in own else name, value, force_add=True)
+    if policy == "none" and forecaster is not None:
+        raise ConfigError("enable_cache: none takes no forecaster")
     if isinstance(forecaster, str):
         node.forecaster = load_yaml("cache/forecaster", forecaster)
 

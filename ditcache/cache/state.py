@@ -99,7 +99,9 @@ class Generation:
         _, expert, branch, index = state.prefix
         state.drop()
         del self.units[expert, branch, index]
-        return self.unit(expert, branch, index)
+        fresh = self.unit(expert, branch, index)
+        fresh.skipped = state.skipped  # the budget is for the whole run
+        return fresh
 
     def free(self, expert: str | None = None) -> None:
         """Drop what `expert` kept, or everything."""

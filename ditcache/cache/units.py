@@ -5,11 +5,15 @@ one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ditcache.cache.driver import Driver
+
+if TYPE_CHECKING:
+    from ditcache.cache.attach import StepCache
 
 
 def partition(num_blocks: int, probe: int, granularity: int | str) -> list[range]:
@@ -56,16 +60,28 @@ class UnitList(nn.ModuleList):
     Shares the original list's dictionary of modules, so whatever happens to one happens to both.
     """
 
+    cache: StepCache
     driver: Driver
     original: nn.ModuleList
     units: list[Unit]
+    handles: tuple[RemovableHandle, ...]
 
-    def __init__(self, original: nn.ModuleList, driver: Driver, probe: int, spans: list[range]):
+    def __init__(
+        self,
+        original: nn.ModuleList,
+        cache: StepCache,
+        driver: Driver,
+        spans: list[range],
+        handles: tuple[RemovableHandle, ...],
+    ):
         super().__init__()
         self._modules = original._modules
         units = [Unit(self, driver, index, span) for index, span in enumerate(spans)]
-        first = [Unit(self, driver, None, range(probe))] if probe else []
-        self.__dict__.update(original=original, driver=driver, units=first + units)
+        if spans[0].start:
+            units.insert(0, Unit(self, driver, None, range(spans[0].start)))
+        self.__dict__.update(
+            cache=cache, original=original, driver=driver, units=units, handles=handles
+        )
 
     def __iter__(self) -> Iterator[Any]:
         return super().__iter__() if self.driver.call is None else iter(self.units)

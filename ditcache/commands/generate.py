@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -46,6 +45,8 @@ class GenerateSettings:
         for name, low in (("steps", 1), ("fps", 1), ("upscale", 1), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: must be >= {low}, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed: must be < 2**63, got {self.seed}")
         for name in ("guidance", "guidance_low", "shift"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1000:
@@ -56,10 +57,13 @@ class GenerateSettings:
             raise ValueError("image: this model starts from a picture; set image=<file>")
         if not self.model.needs_image and self.image is not None:
             raise ValueError("image: this model does not take a picture; set image=null")
-        if self.image is not None and not Path(self.image).expanduser().is_file():
-            raise ValueError(f"image: no file '{self.image}'")
+        self.cache.check_effect()
         if self.compare and self.cache.policy is None:
             raise ValueError("compare: needs a cache to compare; set cache=<policy>")
+        if self.guidance <= 1 and self.negative_prompt != self.model.negative_prompt:
+            raise ValueError("negative_prompt: has no effect without guidance; set guidance > 1")
+        if self.guidance <= 1 and self.guidance_low != self.model.guidance_low:
+            raise ValueError("guidance_low: has no effect without guidance; set guidance > 1")
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -74,17 +78,17 @@ def run(cfg: DictConfig) -> float | None:
     total = len(settings.texts) * settings.steps * (2 if settings.compare else 1)
     with progress(total) as show:
         from ditcache.cache.attach import check_fit
-        from ditcache.models.load import load
+        from ditcache.models.load import load_once
         from ditcache.pipeline.render import Renderer
         from ditcache.report.record import write_video
         from ditcache.report.run_folder import chosen_options, open_run_folder
         from ditcache.report.summary import print_summary, write_summary
 
-        bundle = load(settings.model)
-        check_experts(bundle, settings)
+        bundle = load_once(settings.model)
+        check_bundle(bundle, settings)
         check_fit(bundle, settings.cache)
-        folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))
         renderer, names = Renderer(bundle, settings, show), chosen_options()
+        folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))
 
         # 3) Render every prompt, beside its baseline if asked, in alternating order so that drift
         # cancels out; write its files at once.
@@ -106,13 +110,27 @@ def run(cfg: DictConfig) -> float | None:
     return metrics.get("speedup", {}).get("denoise")
 
 
-def check_experts(bundle: Bundle, settings: GenerateSettings) -> None:
-    """Settings of a second expert have no effect on a model with one, so they are refused there."""
-    if len(bundle.experts) > 1:
-        return
-    for name, value in (
-        ("guidance_low", settings.guidance_low),
-        ("model.boundary", settings.model.boundary),
-    ):
-        if value is not None:
-            raise ConfigError(f"{name}: this model has one expert; set {name}=null")
+def check_bundle(bundle: Bundle, settings: GenerateSettings) -> None:
+    """What only the loaded model knows: how many experts it has, how long its position tables are.
+
+    A setting that would have no effect is refused. Raises ConfigError.
+    """
+    if len(bundle.experts) == 1:
+        for name, value in (
+            ("guidance_low", settings.guidance_low),
+            ("model.boundary", settings.model.boundary),
+        ):
+            if value is not None:
+                raise ConfigError(f"{name}: this model has one expert; set {name}=null")
+    elif bundle.boundary is None:
+        raise ConfigError("model.boundary: the checkpoint does not say where its experts divide")
+    config, vae = bundle.pipe.transformer.config, bundle.pipe.vae.config
+    sizes = (
+        ("num_frames", settings.num_frames, vae.scale_factor_temporal * config.patch_size[0]),
+        ("height", settings.height, vae.scale_factor_spatial * config.patch_size[1]),
+        ("width", settings.width, vae.scale_factor_spatial * config.patch_size[2]),
+    )
+    for name, value, unit in sizes:
+        most = config.rope_max_seq_len * unit
+        if value > most:
+            raise ConfigError(f"{name}: this model's position tables end at {most}, got {value}")

@@ -97,7 +97,10 @@ class Model:
             raise ConfigError(
                 f"model.path: {folder} has no model_index.json; it is no diffusers pipeline folder"
             )
-        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        try:
+            found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        except (json.JSONDecodeError, AttributeError, UnicodeDecodeError):
+            raise ConfigError(f"model.path: {index} is damaged") from None
         if found != self.pipeline:
             raise ConfigError(
                 f"model.path: {folder} holds a {found}, this model loads a {self.pipeline}"
@@ -129,13 +132,8 @@ class Bundle:
 
     @property
     def experts(self) -> dict[str, Any]:
-        """`transformer` (high noise, or the only one) and `transformer_2` (low noise) where there
-        are two.
-        """
-        names = ("transformer", "transformer_2")
-        return {
-            name: part for name in names if (part := getattr(self.pipe, name, None)) is not None
-        }
+        """`transformer` (high noise, or the only one) and `transformer_2` (low noise)."""
+        return transformers_of(self.pipe)
 
     @property
     def boundary(self) -> float | None:
@@ -147,6 +145,12 @@ class Bundle:
     @property
     def device(self) -> Any:
         return self.pipe._execution_device
+
+
+def transformers_of(pipe: Any) -> dict[str, Any]:
+    """Expert name -> transformer of a diffusers pipeline."""
+    names = ("transformer", "transformer_2")
+    return {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
 
 
 def block_list_name(transformer: nn.Module) -> str:

@@ -14,3 +14,8 @@ class ChronoEdit(Model):
 
     pipeline: ClassVar[str] = "ChronoEditPipeline"
     needs_image: ClassVar[bool] = True
+
+    def check_size(self, height: int, width: int, num_frames: int) -> None:
+        super().check_size(height, width, num_frames)
+        if num_frames != 5:
+            raise ValueError(f"num_frames: an edit has 5 (no temporal reasoning), got {num_frames}")

@@ -1,9 +1,7 @@
-"""Checkpoint folder or hub id -> bundle. Weights are loaded once per process and settings."""
+"""Checkpoint folder or hub id -> bundle."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,8 +10,10 @@ import transformers
 from omegaconf import OmegaConf
 
 from ditcache.config import build, load_yaml
-from ditcache.errors import ConfigError, DitcacheError
+from ditcache.errors import ConfigError, DitcacheError, first_line
 from ditcache.models.base import Bundle, Model
+
+WEIGHT_SETTINGS = ("path", "dtype", "vae_dtype", "device", "offload", "vae_tiling")
 
 
 def load(model: str | Model = "tiny", **settings: Any) -> Bundle:
@@ -26,58 +26,60 @@ def load(model: str | Model = "tiny", **settings: Any) -> Bundle:
         node = OmegaConf.merge(load_yaml("model", model), settings)
         model = build(OmegaConf.create({"model": node}), "model", Model)
     model.check_folder()
-    pipe = load_pipeline(
-        model.pipeline,
-        str(model.folder or model.path),
-        model.dtype,
-        model.vae_dtype,
-        resolve_device(model.device),
-        model.offload,
-        model.vae_tiling,
-    )
+    device = resolve_device(model)
+    pipe = load_pipeline(model)
+    if model.vae_tiling:
+        pipe.vae.enable_tiling()
+    place(pipe, device, model.offload)
     return Bundle(model, pipe)
 
 
-@lru_cache(maxsize=1)
-def load_pipeline(
-    pipeline: str,
-    path: str,
-    dtype: str,
-    vae_dtype: str,
-    device: str,
-    offload: str,
-    vae_tiling: bool,
-) -> Any:
-    """One pipeline stays in memory: a sweep over cache settings pays for its weights once."""
+LOADED: dict[tuple, Bundle] = {}
+
+
+def load_once(model: Model) -> Bundle:
+    """`load`, but the jobs of a sweep over other settings share one bundle. Keeps the last one."""
+    key = (type(model), *(getattr(model, name) for name in WEIGHT_SETTINGS))
+    if key not in LOADED:
+        LOADED.clear()  # before the next model takes its memory
+        LOADED[key] = load(model)
+    return Bundle(model, LOADED[key].pipe)
+
+
+def load_pipeline(model: Model) -> Any:
+    """The diffusers pipeline, on the CPU."""
     for library in (diffusers, transformers):  # one bar of ours is enough
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()  # what matters is raised
-    dtypes = {"default": getattr(torch, dtype), "vae": getattr(torch, vae_dtype)}
+    path = str(model.folder or model.path)
+    dtypes = {"default": getattr(torch, model.dtype), "vae": getattr(torch, model.vae_dtype)}
     try:
-        pipe = getattr(diffusers, pipeline).from_pretrained(
-            path, dtype=dtypes, use_safetensors=True
-        )
+        found = diffusers.DiffusionPipeline.load_config(path).get("_class_name")
+        if found != model.pipeline:
+            raise ConfigError(f"model.path: {path} holds a {found}, not a {model.pipeline}")
+        cls = getattr(diffusers, model.pipeline)
+        pipe = cls.from_pretrained(path, dtype=dtypes, use_safetensors=True)
+    except ConfigError:
+        raise
     except Exception as error:  # a hub can fail in many ways, each with its own exception
-        if Path(path).is_dir():
+        if model.folder is not None:
             raise DitcacheError(f"model.path: cannot load {path}: {first_line(error)}") from error
         raise DitcacheError(
-            f"model.path: {path} is neither in the local cache nor reachable "
-            f"({type(error).__name__}); set model.path=<diffusers folder>, or model=tiny, which "
+            f"model.path: cannot get {path}, which is not in the local cache "
+            f"({first_line(error)[:120]}); set model.path=<diffusers folder>, or model=tiny, which "
             "needs no download"
         ) from error
+    if pipe.config.get("expand_timesteps"):
+        raise ConfigError(
+            f"model.path: {path} wants one timestep per token (Wan2.2 TI2V), which this version "
+            "cannot run; use model=wan2.2_t2v or wan2.2_i2v"
+        )
     pipe.set_progress_bar_config(disable=True)
-    if vae_tiling:
-        pipe.vae.enable_tiling()
-    place(pipe, device, offload)
     return pipe
 
 
 def place(pipe: Any, device: str, offload: str) -> None:
     """Move the pipeline to its device, or let diffusers move parts of it as they are needed."""
-    if offload != "none" and device == "cpu":
-        raise ConfigError(
-            f"model.offload: '{offload}' needs a GPU to load onto; set model.offload=none"
-        )
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "group":
@@ -92,22 +94,19 @@ def place(pipe: Any, device: str, offload: str) -> None:
         pipe.to(device)
 
 
-def resolve_device(name: str) -> str:
-    """`auto` -> cuda if there is one, else cpu. Raises ConfigError for a device this machine
-    lacks.
-    """
+def resolve_device(model: Model) -> str:
+    """`auto` -> cuda if there is one, else cpu. Raises ConfigError for what this machine lacks."""
+    name = model.device
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError:
+        torch.empty(0, device=name)
+    except Exception as error:
+        allowed = "use auto, cpu, cuda or cuda:<index>"
+        message = f"model.device: cannot use '{name}' ({first_line(error)[:80]}); {allowed}"
+        raise ConfigError(message) from None
+    if model.offload != "none" and torch.device(name).type == "cpu":
         raise ConfigError(
-            f"model.device: no device '{name}'; use auto, cpu, cuda or cuda:<index>"
-        ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("model.device: this machine has no CUDA device; set model.device=cpu")
+            f"model.offload: '{model.offload}' needs a GPU to load onto; set model.offload=none"
+        )
     return name
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

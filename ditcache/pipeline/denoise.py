@@ -59,6 +59,7 @@ def run_steps(
     boundary = (
         None if bundle.boundary is None else bundle.boundary * scheduler.config.num_train_timesteps
     )
+    dtypes = {name: transformer.dtype for name, transformer in bundle.experts.items()}
     latents = inputs.latents
     for index, timestep in enumerate(scheduler.timesteps):
         # 1) Which expert works at this noise level, and how strongly it is guided.
@@ -70,7 +71,7 @@ def run_steps(
         conditioned = (
             latents if inputs.condition is None else torch.cat([latents, inputs.condition], dim=1)
         )
-        model_input = conditioned.to(transformer.dtype)
+        model_input = conditioned.to(dtypes[expert])
         where = {"step_index": index, "sigma": sigmas[index], "num_inference_steps": len(timesteps)}
         velocity = run_branch(
             "cond", transformer, model_input, timestep, inputs.text.cond, inputs.image, where
@@ -126,9 +127,10 @@ def make_scheduler(scheduler: Any, shift: float | None) -> Any:
     if shift is not None:
         key = "flow_shift" if "flow_shift" in scheduler.config else "shift"
         if key not in scheduler.config:
-            raise ConfigError(
-                f"shift: {type(scheduler).__name__} has no flow shift; set shift=null"
-            )
+            name = type(scheduler).__name__
+            raise ConfigError(f"shift: {name} has no flow shift; set shift=null")
+        if not scheduler.config.get("use_flow_sigmas", True):
+            raise ConfigError("shift: this scheduler does not run on flow sigmas; set shift=null")
         settings[key] = shift
     return type(scheduler).from_config(scheduler.config, **settings)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,11 +16,11 @@ from torch import Tensor
 from ditcache.cache.attach import attach_settings, blocks_of, disable_cache
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.trace import Trace
-from ditcache.errors import ConfigError
+from ditcache.errors import ConfigError, first_line
 from ditcache.models.base import Bundle
 from ditcache.pipeline.callbacks import Step
 from ditcache.pipeline.denoise import decode_latents, denoise
-from ditcache.pipeline.inputs import draw_inputs
+from ditcache.pipeline.inputs import Inputs, draw_inputs
 from ditcache.pipeline.text import encode_text
 from ditcache.store.base import Store
 
@@ -74,31 +75,21 @@ class Renderer:
         next.
         """
         s, clock = self.settings, Clock(self.bundle.device)
-        text = encode_text(
-            self.bundle, prompt, negative_prompt=s.negative_prompt, guidance=s.guidance
-        )
+        inputs = self.inputs(prompt)
         clock.lap("text")
         s.store.reset_counters()
         attached = attach_settings(self.bundle, cache, s.store)
         watched = Trace() if cache.policy is None else None
+
+        def watch(step: Step) -> None:
+            if watched is not None:
+                guided = s.guidance > 1
+                watched.note_forwards(
+                    step.index, step.expert, guided=guided, blocks=self.num_blocks
+                )
+            self.on_step(cache.name, index, step, watched or attached.trace)
+
         try:
-            inputs = draw_inputs(
-                self.bundle,
-                text,
-                height=s.height,
-                width=s.width,
-                num_frames=s.num_frames,
-                seed=s.seed,
-                picture=self.picture,
-            )
-
-            def watch(step: Step) -> None:
-                if watched is not None:
-                    watched.note_forwards(
-                        step.index, step.expert, guided=s.guidance > 1, blocks=self.num_blocks
-                    )
-                self.on_step(cache.name, index, step, watched or attached.trace)
-
             latents = denoise(
                 self.bundle,
                 inputs,
@@ -135,8 +126,18 @@ class Renderer:
         process's start.
         """
         s = self.settings
-        text = encode_text(self.bundle, "", negative_prompt=s.negative_prompt, guidance=s.guidance)
-        inputs = draw_inputs(
+        latents = denoise(
+            self.bundle, self.inputs("warm-up"), steps=2, guidance=s.guidance, shift=s.shift
+        )
+        decode_latents(self.bundle, latents)
+
+    def inputs(self, prompt: str) -> Inputs:
+        """Text, noise and picture of one video."""
+        s = self.settings
+        text = encode_text(
+            self.bundle, prompt, negative_prompt=s.negative_prompt, guidance=s.guidance
+        )
+        return draw_inputs(
             self.bundle,
             text,
             height=s.height,
@@ -144,9 +145,6 @@ class Renderer:
             num_frames=s.num_frames,
             seed=s.seed,
             picture=self.picture,
-        )
-        decode_latents(
-            self.bundle, denoise(self.bundle, inputs, steps=2, guidance=s.guidance, shift=s.shift)
         )
 
 
@@ -172,6 +170,9 @@ def open_picture(path: str | None) -> Any:
     if path is None:
         return None
     try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ConfigError(f"image: cannot read {path}: {error}") from None
+        return Image.open(Path(path).expanduser()).convert("RGB")
+    except UnidentifiedImageError:
+        raise ConfigError(f"image: {path} is not a picture") from None
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise ConfigError(f"image: cannot read {path}: {reason}") from None

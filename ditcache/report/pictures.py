@@ -109,27 +109,20 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def pad_width(picture: np.ndarray, width: int) -> np.ndarray:
-    missing = width - picture.shape[1]
-    return np.pad(picture, ((0, 0), (0, missing), (0, 0)), constant_values=PAPER[0])
+    return np.concatenate([picture, paper(len(picture), width - picture.shape[1])], 1)
 
 
 def side_by_side(caption: str, rows: Sequence[tuple[str, np.ndarray]], upscale: int) -> np.ndarray:
-    """Videos [T, H, W, 3] in 0..1 next to each other, each under its label, all under one caption;
-    float in 0..1.
-    """
-    videos = [(label, to_uint8(frames, upscale)) for label, frames in rows]
-    heads = [
-        captioned(np.zeros((0, video.shape[2], 3), np.uint8), label) for label, video in videos
-    ]
+    """Videos [T, H, W, 3] in 0..1 next to each other, each under its label -> uint8."""
+    videos = [to_uint8(frames, upscale) for _, frames in rows]
+    blanks = [np.zeros((0, video.shape[2], 3), np.uint8) for video in videos]
+    heads = [captioned(blank, label) for blank, (label, _) in zip(blanks, rows, strict=True)]
     height = max(head.shape[0] for head in heads)
-    heads = [
-        np.pad(h, ((0, height - h.shape[0]), (0, 0), (0, 0)), constant_values=PAPER[0])
-        for h in heads
-    ]
-    head = np.concatenate(heads, 1)
-    title = captioned(head, caption)
-    frames = [
-        np.concatenate([title, np.concatenate([v[t] for _, v in videos], 1)], 0)
-        for t in range(len(videos[0][1]))
-    ]
-    return np.stack(frames).astype(np.float32) / 255
+    heads = [np.concatenate([h, paper(height - h.shape[0], h.shape[1])], 0) for h in heads]
+    title = captioned(np.concatenate(heads, 1), caption)
+    titles = np.broadcast_to(title, (len(videos[0]), *title.shape))
+    return np.concatenate([titles, np.concatenate(videos, 2)], 1)
+
+
+def paper(height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), PAPER, np.uint8)

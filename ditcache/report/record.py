@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ditcache.files import complete_file
 from ditcache.metrics.psnr import psnr, psnr_per_frame
 from ditcache.metrics.ssim import ssim
 from ditcache.report import pictures
@@ -108,6 +109,6 @@ def quality(reference: np.ndarray, candidate: np.ndarray) -> dict[str, Any]:
 def save_latents(path: Path, video: Video) -> None:
     from safetensors.torch import save_file
 
-    partial = path.with_suffix(".partial")
-    save_file({"latents": video.latents.contiguous()}, partial, metadata={"prompt": video.prompt})
-    partial.replace(path)
+    with complete_file(path) as partial:
+        metadata = {"prompt": video.prompt}
+        save_file({"latents": video.latents.contiguous()}, partial, metadata=metadata)

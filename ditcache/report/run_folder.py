@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from ditcache.files import complete_file
 
 PACKAGES = ("ditcache", "torch", "diffusers", "transformers", "hydra-core", "omegaconf", "numpy")
 
@@ -31,9 +32,8 @@ def chosen_options() -> dict[str, str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with complete_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

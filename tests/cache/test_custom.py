@@ -86,7 +86,7 @@ def test_a_pipeline_without_a_transformer_is_refused():
 
 
 def test_one_transformer_alone_can_be_cached(bundle):
-    cache = ditcache.enable_cache(bundle.pipe.transformer, "interval", tail=0, head=1)
+    cache = ditcache.enable_cache(bundle.pipe.transformer, "interval", every=2, tail=0, head=1)
     with torch.no_grad():
         for step in range(4):
             with bundle.pipe.transformer.cache_context(

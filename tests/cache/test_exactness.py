@@ -16,7 +16,7 @@ SKIPPING = {"interval": {"every": 2}, "taylorseer": {"every": 2}, "fbcache": {"t
 GRANULARITIES = ["stack", "per_block", 3]
 
 
-def generate(pipe, prompt=PROMPT, *, seed=3, steps=6, guidance=4.0, height=64, width=64):
+def generate(pipe, prompt=PROMPT, *, seed=3, steps=6, guidance=4.0, height=64, width=64, **more):
     return pipe(
         prompt,
         height=height,
@@ -26,6 +26,7 @@ def generate(pipe, prompt=PROMPT, *, seed=3, steps=6, guidance=4.0, height=64, w
         guidance_scale=guidance,
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
+        **more,
     ).frames
 
 

@@ -41,6 +41,27 @@ def test_budget_of_skips(pipe):
     assert steps_computed(cache, "uncond") == [0, 4, 5, 6, 7]
 
 
+def test_the_budget_holds_across_a_gap(pipe):
+    cache = ditcache.enable_cache(pipe, "interval", **SKIP_ALL, budget=2)
+    run_steps(pipe, [0, 1, 4, 5, 6])
+    assert [d.step for d in cache.trace.decisions if not d.computed] == [1, 5]
+
+
+def run_steps(pipe, steps, num_steps=9):
+    states = torch.randn(1, 512, pipe.transformer.config.text_dim)
+    with torch.no_grad():
+        for step in steps:
+            with pipe.transformer.cache_context(
+                "cond", step_index=step, num_inference_steps=num_steps
+            ):
+                pipe.transformer(
+                    hidden_states=torch.randn(1, 16, 5, 8, 8),
+                    timestep=torch.tensor([500]),
+                    encoder_hidden_states=states,
+                    return_dict=False,
+                )
+
+
 def test_d3_guidance_1_counts_every_step_once(pipe):
     cache = ditcache.enable_cache(pipe, "interval", every=2, head=1, tail=0)
     generate(pipe, steps=8, guidance=1.0)
@@ -91,20 +112,9 @@ def test_d13_a_changed_shape_computes(pipe):
 
 def test_a_step_left_out_computes(pipe):
     cache = ditcache.enable_cache(pipe, "interval", **SKIP_ALL)
-    states = torch.randn(1, 512, pipe.transformer.config.text_dim)
-    with torch.no_grad():
-        for step in (0, 1, 4, 5):
-            with pipe.transformer.cache_context("cond", step_index=step, num_inference_steps=9):
-                pipe.transformer(
-                    hidden_states=torch.randn(1, 16, 5, 8, 8),
-                    timestep=torch.tensor([500]),
-                    encoder_hidden_states=states,
-                    return_dict=False,
-                )
-    assert [(d.step, d.reason) for d in cache.trace.decisions if d.computed] == [
-        (0, "first"),
-        (4, "gap"),
-    ]
+    run_steps(pipe, [0, 1, 4, 5])
+    computed = [(d.step, d.reason) for d in cache.trace.decisions if d.computed]
+    assert computed == [(0, "first"), (4, "gap")]
 
 
 @pytest.mark.parametrize("granularity", ["stack", "per_block", 3])

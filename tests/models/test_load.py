@@ -70,6 +70,12 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
         ditcache.load("wan", path=str(tmp_path))
 
 
+def test_a_damaged_index(tmp_path):
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ConfigError, match="is damaged"):
+        ditcache.load("wan", path=str(tmp_path))
+
+
 def test_a_damaged_folder(checkpoints, tmp_path):
     index = json.loads((checkpoints["wan"] / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index))

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import ditcache
+from ditcache.cli import conf_dir
 from ditcache.pipeline.denoise import decode_latents, denoise
 from ditcache.pipeline.inputs import draw_inputs
 from ditcache.pipeline.text import encode_text
@@ -20,7 +21,7 @@ def ours(
     inputs = draw_inputs(
         bundle, text, height=height, width=width, num_frames=num_frames, seed=seed, picture=picture
     )
-    return denoise(bundle, inputs, steps=STEPS, guidance=guidance, **settings)
+    return denoise(bundle, inputs, guidance=guidance, **{"steps": STEPS, **settings})
 
 
 def theirs(
@@ -113,3 +114,45 @@ def test_callbacks_see_every_step_and_may_edit_latents(bundle):
     latents = ours(bundle, "a red star", height=64, width=64, callbacks=[edit])
     assert seen == [(i, STEPS, "transformer", True) for i in range(STEPS)]
     assert not latents.any()
+
+
+FULL = {"interval": {"every": 1}, "taylorseer": {"every": 1}, "fbcache": {"threshold": 0.0}}
+MODELS = ["wan", "wan2.2_t2v", "wan2.2_i2v", "wan2.1_i2v_480p", "chronoedit"]
+
+
+def test_every_policy_is_listed_here():
+    assert {p.stem for p in (conf_dir() / "cache").glob("*.yaml")} == {*FULL, "none"}
+
+
+@pytest.mark.parametrize("policy", FULL)
+@pytest.mark.parametrize("model", MODELS)
+def test_caches_are_exact_on_every_model(checkpoints, model, policy):
+    """Nothing skipped and taken off again: equal. Something skipped: every expert skips."""
+    bundle = ditcache.load(model, path=str(checkpoints[model]), dtype="float32", device="cpu")
+    picture = Image.new("RGB", (48, 32), "red") if bundle.model.needs_image else None
+    settings = {"height": 32, "width": 48, "picture": picture, "steps": 12}
+    plain = ours(bundle, "a cat", **settings)
+    for granularity in ("stack", "per_block", 2):
+        ditcache.enable_cache(bundle, policy, granularity=granularity, **FULL[policy])
+        assert torch.equal(ours(bundle, "a cat", **settings), plain)
+        ditcache.disable_cache(bundle)
+    skipping = {"threshold": 10.0, "max_skips": 1} if policy == "fbcache" else {"every": 2}
+    cache = ditcache.enable_cache(bundle, policy, head=1, **skipping)
+    skipped = ours(bundle, "a cat", **settings)
+    ditcache.disable_cache(bundle)
+    assert skipped.isfinite().all() and not torch.equal(skipped, plain)
+    by_expert = {d.expert for d in cache.trace.decisions if not d.computed}
+    assert by_expert == set(bundle.experts)
+    assert torch.equal(ours(bundle, "a cat", **settings), plain)
+
+
+def test_one_timestep_per_token_is_refused(checkpoints, tmp_path):
+    from diffusers import WanPipeline
+
+    from ditcache.errors import ConfigError
+
+    pipe = WanPipeline.from_pretrained(checkpoints["wan"])
+    pipe.register_to_config(expand_timesteps=True)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="one timestep per token"):
+        ditcache.load("wan", path=str(tmp_path), device="cpu")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from ditcache.cli import options
 from ditcache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def register_policy(name: str) -> Callable[[P], P]:
             raise ConfigError(
                 f"register_policy('{name}'): {cls!r} does not derive from ditcache's Policy"
             )
+        if name in options("cache"):
+            raise ConfigError(f"register_policy('{name}'): conf/cache already has this name")
         REGISTERED[name] = cls
         return cls
 

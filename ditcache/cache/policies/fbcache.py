@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ditcache.cache.policies.base import Context, Policy
-from ditcache.cache.signal import relative_l1
 
 
 @dataclass
@@ -30,6 +29,8 @@ class FBCache(Policy):
         return 1
 
     def should_compute(self, ctx: Context) -> bool:
+        from ditcache.cache.signal import relative_l1  # torch, which settings do without
+
         reference = ctx.state.get("reference")
         if reference is None:
             return True
