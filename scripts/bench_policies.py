@@ -25,7 +25,7 @@ from ditcache.pipeline.text import encode_text
 
 STEPS, GUIDANCE = 24, 4.0
 ARMS: dict[str, dict] = {
-    "none": {},
+    "`none`": {},
     "`taylorseer`": {"policy": "taylorseer"},
     "`taylorseer cache.policy.every=2 cache.head=6`": {
         "policy": "taylorseer",
@@ -55,7 +55,7 @@ def main() -> None:
         inputs = inputs_of(bundle, prompt, arguments.seed)
         results = {name: run_arm(bundle, inputs, arm) for name, arm in ARMS.items()}
         for name, result in results.items():
-            rows[name].append(compared(results["none"], result))
+            rows[name].append(compared(results["`none`"], result))
     print(f"wan-tiny, {len(prompts)} prompts, seed {arguments.seed}, {STEPS} steps, ", end="")
     print(f"guidance {GUIDANCE}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print(markdown(rows))
@@ -115,13 +115,14 @@ def markdown(rows: dict[str, list[dict]]) -> str:
             f"{100 * speedup * computed:.0f} %",
             f"{100 * computed:.0f} %",
         ]
-        if name == "none":
+        if name == "`none`":
             cells += ["", "", "", "", "0"]
         else:
             low, high = interval(column["psnr"])
             cells += [f"{np.mean(column['psnr']):.1f} ({low:.1f}-{high:.1f}) dB"]
             cells += [f"{min(column['psnr']):.1f} dB", f"{min(column['worst_frame']):.1f} dB"]
-            cells += [f"{np.mean(column['ssim']):.4f}", f"{max(column['bytes']) / 1024:.0f} KiB"]
+            kept = max(column["bytes"]) // 1024
+            cells += [f"{np.mean(column['ssim']):.4f}", f"{kept} KiB" if kept else "0"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
