@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import torch
 import transformers
 from omegaconf import OmegaConf
@@ -51,10 +53,15 @@ def load_pipeline(model: Model) -> Any:
     for library in (diffusers, transformers):  # one bar of ours is enough
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()  # what matters is raised
+    huggingface_hub.logging.set_verbosity_error()
     path = str(model.folder or model.path)
     dtypes = {"default": getattr(torch, model.dtype), "vae": getattr(torch, model.vae_dtype)}
     try:
-        found = diffusers.DiffusionPipeline.load_config(path).get("_class_name")
+        if model.folder is None:
+            reach_hub(path)
+        with warnings.catch_warnings():  # of diffusers to huggingface_hub, not to our user
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            found = diffusers.DiffusionPipeline.load_config(path).get("_class_name")
         if found != model.pipeline:
             raise ConfigError(f"model.path: {path} holds a {found}, not a {model.pipeline}")
         cls = getattr(diffusers, model.pipeline)
@@ -76,6 +83,13 @@ def load_pipeline(model: Model) -> Any:
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def reach_hub(repo: str) -> None:
+    """Ask the hub once for what is not in the local cache; `from_pretrained` would retry long."""
+    if not isinstance(huggingface_hub.try_to_load_from_cache(repo, "model_index.json"), str):
+        url = huggingface_hub.hf_hub_url(repo, "model_index.json")
+        huggingface_hub.get_hf_file_metadata(url)
 
 
 def place(pipe: Any, device: str, offload: str) -> None:

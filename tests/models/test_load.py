@@ -3,6 +3,9 @@ be.
 """
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -83,7 +86,24 @@ def test_a_damaged_folder(checkpoints, tmp_path):
         ditcache.load("wan", path=str(tmp_path), device="cpu")
 
 
-def test_offline_says_what_works_instead():
+def test_offline_says_what_works_instead(tmp_path):
+    """In a process of its own, without the suite's HF_HUB_OFFLINE: one line, nothing of the hub's."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-c", "from ditcache.cli import main; main()"]
+    done = subprocess.run(
+        [*command, "generate", "a cat", "model=wan", f"hydra.run.dir={tmp_path}/run"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "set model.path=<diffusers folder>, or model=tiny" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_offline_switch_says_what_works_instead():
     with pytest.raises(DitcacheError, match=r"set model.path=<diffusers folder>, or model=tiny"):
         ditcache.load("wan2.2_t2v", device="cpu")
 
