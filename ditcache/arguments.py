@@ -12,7 +12,7 @@ from ditcache.errors import DitcacheError, one_of
 OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*=")
 DELETION = re.compile(r"~[A-Za-z_][\w./@:-]*$")
 TEXT_KEYS = ("prompt", "negative_prompt")
-PATH_KEYS = ("image", "prompt_file", "model.path")
+PATH_KEYS = ("image", "prompt_file", "model.path", "model.calibration", "cache.policy.calibration")
 SPECIAL = re.compile(r"[^\w./\\:~@%+-]")  # what a path may hold and Hydra's grammar may not
 
 SWITCHES = {
@@ -45,6 +45,8 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     for argument in rest:
         if argument.startswith("-"):
             flags += read_flag(argument, rest)
+        elif argument.startswith("cache._target_="):  # short for a policy class of one's own
+            overrides += ["cache=custom", argument.replace("cache.", "cache.policy.", 1)]
         elif OVERRIDE.match(argument):
             overrides.append(quoted_override(argument))
         elif DELETION.match(argument):

@@ -67,11 +67,13 @@ def commands() -> dict[str, str]:
 
 
 def groups() -> list[str]:
-    """Config groups, nested ones as `cache/forecaster`; `hydra` is Hydra's own."""
+    """Config groups, nested ones as `cache/forecaster`; `hydra` is Hydra's own, `calibration` holds
+    data that models name.
+    """
     folders = (
         path.relative_to(conf_dir()).as_posix() for path in conf_dir().rglob("*") if path.is_dir()
     )
-    return sorted(name for name in folders if name.split("/")[0] != "hydra")
+    return sorted(name for name in folders if name.split("/")[0] not in ("hydra", "calibration"))
 
 
 def options(group: str) -> list[str]:
@@ -108,11 +110,16 @@ def command_help(command: str) -> str:
     primary = conf_dir() / f"{command.replace('-', '_')}.yaml"
     lines = [f"usage: ditcache {command} [prompt ...] [group=option ...] [key=value ...] [-m]", ""]
     lines += [*header(primary), "", "config groups (group=option):"]
-    lines += [f"  {group:<18} {', '.join(options(group))}" for group in groups() if options(group)]
-    lines += ["", f"keys of conf/{primary.name}:"]
-    keys = re.findall(
-        r"^(\w+): *([^#\n]*?)? *(?:# *(.*))?$", primary.read_text(encoding="utf-8"), re.M
-    )
+    text = primary.read_text(encoding="utf-8")
+    used = re.findall(r"^  - (\w+):", text, re.M)
+    lines += [
+        f"  {group:<18} {', '.join(options(group))}"
+        for group in groups()
+        if group.split("/")[0] in used and options(group)
+    ]
+    lines += ["", "keys:"]
+    shared = (conf_dir() / "sampling.yaml").read_text(encoding="utf-8")
+    keys = re.findall(r"^(\w+): *([^#\n]*?)? *(?:# *(.*))?$", shared + text, re.M)
     lines += [
         f"  {key:<18} {comment or value}"
         for key, value, comment in keys

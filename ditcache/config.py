@@ -118,10 +118,12 @@ def target_class(node: DictConfig, key: str, base: type) -> type:
     """The class `_target_` names, which must derive from `base`; `base` itself where there is no
     `_target_`.
     """
+    where = path(key, "_target_")
+    if OmegaConf.is_missing(node, "_target_"):
+        raise ConfigError(f"{where}: needs package.module.Class, a {base.__name__}")
     target = node.get("_target_")
     if target is None:
         return base
-    where = path(key, "_target_")
     cls = locate(str(target), where)
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ConfigError(f"{where}: {target} is not a {base.__name__}")

@@ -1,17 +1,22 @@
 """Every YAML composes and builds, and its keys are its dataclass's fields."""
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from ditcache.cache import settings as cache_settings
+from ditcache.cache.calibration import calibrations, load_calibration
+from ditcache.cache.cfg.delta import CfgDelta
 from ditcache.cache.forecasters.base import Forecaster
 from ditcache.cache.policies.base import Policy
 from ditcache.cache.settings import CacheSettings
 from ditcache.cli import commands, conf_dir, groups, header, options
+from ditcache.commands.calibrate import CalibrateSettings
 from ditcache.commands.generate import GenerateSettings
 from ditcache.config import build, locate
 from ditcache.errors import ConfigError
@@ -21,18 +26,29 @@ from ditcache.store.base import Store
 
 BASES = {
     "cache": CacheSettings,
+    "cache/cfg": CfgDelta,
     "cache/forecaster": Forecaster,
     "model": Model,
     "prompts": Prompts,
     "store": Store,
 }
-YAMLS = sorted(p for p in conf_dir().rglob("*.yaml") if p.parent != conf_dir())
+DATA = conf_dir() / "calibration"  # no config group: models name what they need of it
+YAMLS = sorted(p for p in conf_dir().rglob("*.yaml") if p.parent not in (conf_dir(), DATA))
 NAMES = [p.relative_to(conf_dir()).with_suffix("").as_posix() for p in YAMLS]
 
 
-def composed(*overrides):
+COMMANDS = {"calibrate": CalibrateSettings, "generate": GenerateSettings}
+BESIDE = {  # what an option needs to make sense
+    "cache/cfg": ["cache=interval"],
+    "cache/forecaster": ["cache=interval"],
+    "cache/forecaster/fitted": ["cache=planned"],
+    "cache/custom": ["cache.policy._target_=ditcache.cache.policies.interval.Interval"],
+}
+
+
+def composed(*overrides, command="generate"):
     with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        return compose("generate", [*overrides])
+        return compose(command, [*overrides])
 
 
 def test_there_are_yamls_and_each_group_is_known():
@@ -43,11 +59,7 @@ def test_there_are_yamls_and_each_group_is_known():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_composes_and_builds(name):
     group, _, option = name.rpartition("/")
-    chosen = (
-        ["cache=interval", f"{group}={option}"]
-        if group == "cache/forecaster"
-        else [f"{group}={option}"]
-    )
+    chosen = [*BESIDE.get(name, BESIDE.get(group, [])), f"{group}={option}"]
     if "i2v" in option or option == "chronoedit":
         chosen.append(f"image={Path(__file__)}")
     settings = build(composed(*chosen), "", GenerateSettings)
@@ -69,9 +81,10 @@ def test_keys_are_the_fields_of_the_class(name):
             str(key) for default in node.defaults if not isinstance(default, str) for key in default
         }
     assert keys == {field.name for field in fields(cls) if field.init}
-    if group == "cache":
+    if group == "cache" and not OmegaConf.is_missing(node.policy, "_target_"):
         policy = locate(node.policy._target_, name)
-        assert {str(key) for key in node.policy} - {"_target_"} == {f.name for f in fields(policy)}
+        keys = {str(key) for key in node.policy} - {"_target_"}
+        assert keys == {field.name for field in fields(policy) if field.init}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,13 +94,14 @@ def test_the_head_comment_holds_a_command_that_uses_it(name):
     assert "ditcache generate" in text and f"{group}={option}" in text
 
 
-def test_every_command_has_a_primary_yaml_and_its_keys_are_fields():
-    assert list(commands()) == ["generate"]
-    keys = {str(key) for key in composed()} - {"hydra"}
-    assert keys == {field.name for field in fields(GenerateSettings) if field.init}
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_primary_yaml_and_its_keys_are_fields(command):
+    assert set(commands()) == set(COMMANDS)
+    keys = {str(key) for key in composed(command=command)} - {"hydra"}
+    assert keys == {field.name for field in fields(COMMANDS[command]) if field.init}
 
 
-@pytest.mark.parametrize("policy", [p for p in options("cache") if p != "none"])
+@pytest.mark.parametrize("policy", sorted({*options("cache")} - {"none", "custom"}))
 def test_the_python_api_reads_what_hydra_composes(policy):
     by_name = cache_settings.read_settings(policy, None, {})
     assert by_name == build(composed(f"cache={policy}"), "cache", CacheSettings)
@@ -98,15 +112,85 @@ def test_every_policy_and_forecaster_file_has_a_yaml():
     for folder, group, base in (
         ("policies", "cache", Policy),
         ("forecasters", "cache/forecaster", Forecaster),
+        ("cfg", "cache/cfg", CfgDelta),
     ):
         files = {path.stem for path in (root / folder).glob("*.py")} - {"base", "__init__"}
         assert files and files <= set(options(group))
         for name in files:
             module = __import__(f"ditcache.cache.{folder}.{name}", fromlist=["x"])
             assert any(
-                isinstance(v, type) and issubclass(v, base) and v is not base
+                isinstance(v, type) and issubclass(v, base) and (v is not base or base is CfgDelta)
                 for v in vars(module).values()
             )
+
+
+def test_fitted_without_a_plan_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"cache\.forecaster: fitted .* use cache=planned"):
+        build(composed("cache=interval", "cache/forecaster=fitted"), "cache", CacheSettings)
+
+
+@pytest.mark.parametrize("policy", ["interval", "easycache", "dbcache"])
+def test_cfg_delta_stands_beside_any_policy(policy):
+    chosen = [f"cache={policy}", "cache/cfg=delta", "cache.cfg.every=3"]
+    settings = build(composed(*chosen), "cache", CacheSettings)
+    assert settings.cfg == CfgDelta(every=3)
+    assert cache_settings.read_settings(policy, None, {}, CfgDelta(every=3)) == settings
+    assert cache_settings.read_settings(policy, None, {}, "delta").cfg == CfgDelta()
+    assert cache_settings.read_settings(policy, None, {}).cfg is None
+
+
+def test_cfg_keys_need_a_cfg_option():
+    with pytest.raises(ConfigCompositionException, match=r"cache\.cfg\.every"):
+        composed("cache=interval", "cache.cfg.every=3")
+
+
+def test_cfg_delta_without_guidance_is_refused():
+    with pytest.raises(ConfigError, match=r"cache\.cfg: has no effect without guidance"):
+        build(composed("cache=cfg_delta", "guidance=1"), "", GenerateSettings)
+
+
+def numbers(content):
+    """Every number below a node, and every text that should be one."""
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list):
+        return [number for part in content for number in numbers(part)]
+    return [content]
+
+
+@pytest.mark.parametrize("name", calibrations())
+def test_a_calibration_loads_and_its_numbers_are_finite(name):
+    known = load_calibration(name)
+    assert known.source and known.model
+    assert known.teacache or known.magcache or known.planned
+    for signal, polynomial in known.teacache.items():
+        assert signal in ("e", "e0") and len(polynomial["coefficients"]) >= 2
+        assert all(math.isfinite(number) for number in numbers(polynomial))
+    for branch in known.magcache.keys() - {"steps"}:
+        ratios = known.magcache[branch]
+        assert branch in ("cond", "uncond") and len(ratios) == known.magcache["steps"]
+        assert ratios[0] == 1.0 and all(0 < ratio < 2 for ratio in ratios)
+
+
+@pytest.mark.parametrize("name", [n for n in calibrations() if load_calibration(n).planned])
+def test_the_plans_of_a_calibration_fit_their_number_of_steps(name):
+    known = load_calibration(name).planned
+    steps, sigmas = known["steps"], known["sigmas"]
+    assert len(sigmas) == steps and sigmas == sorted(sigmas, reverse=True)
+    assert all(0 < sigma <= 1 for sigma in sigmas)
+    for count, plan in known["plans"].items():
+        mask = plan["mask"]
+        assert len(mask) == steps and set(mask) <= {"#", "."}
+        assert mask.count("#") == count and mask[0] == mask[-1] == "#"
+        assert len(plan["damping"]) == mask.count(".")
+        assert all(math.isfinite(number) for number in plan["damping"])
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_the_calibration_a_model_names_is_there(name):
+    calibration = OmegaConf.load(conf_dir() / "model" / f"{name}.yaml").calibration
+    assert calibration is None or calibration in calibrations()
+    assert len(calibrations()) > 10
 
 
 @dataclass

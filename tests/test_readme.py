@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from ditcache import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
 
 
 def commands():
@@ -36,6 +38,17 @@ def test_ditcache_commands_compose(line, capsys):
     assert "_target_" in capsys.readouterr().out
 
 
+def test_the_example_policy_runs_and_is_what_the_readme_shows(tmp_path):
+    example = (ROOT / "examples" / "custom_policy.py").read_text()
+    shown = re.search(r"# my_policy.py\n.*?(    def should_compute.*?)```", README, re.S)
+    assert shown and shown[1].strip() in example
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "custom_policy.py"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "'skipped': " in done.stdout and "'skipped': 0" not in done.stdout
+
+
 @pytest.mark.parametrize("line", [x for x in commands() if x.startswith("make ")])
 def test_make_targets_exist(line):
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
@@ -47,10 +60,10 @@ def test_the_custom_policy_runs(tmp_path, monkeypatch):
     for path, block in re.findall(r"```(?:python|yaml)\n# (my_\S+)\n(.*?)```", README, re.S):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(block)
-    arguments = ["--config-dir", "my_conf", "cache=restless", "cache.policy.limit=1e3", "steps=8"]
+    arguments = ["cache._target_=my_policy.Restless", "+cache.policy.limit=1e3", "steps=8"]
     assert cli.run(["generate", *arguments, f"hydra.run.dir={tmp_path}/run"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run/steps.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows if r["computed"] and r["branch"] == "cond"] == [0, 1, 2, 7]
+    assert [r["step"] for r in rows if r["computed"] and r["branch"] == "cond"] == [0, 7]
     assert all(r["signal"] > 0 for r in rows if r["reason"] == "policy")
 
 

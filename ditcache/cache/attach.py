@@ -9,6 +9,7 @@ offload hooks of accelerate and diffusers wrap and restore it. Classes are never
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import nn
 
+from ditcache.cache.cfg.delta import CfgDelta
 from ditcache.cache.driver import Call, Driver, Run
 from ditcache.cache.forecasters.base import Forecaster
 from ditcache.cache.policies.base import Policy, Schedule
+from ditcache.cache.schedule import calibration_of, schedule_reader
 from ditcache.cache.settings import CacheSettings, read_settings
 from ditcache.cache.trace import Trace
 from ditcache.cache.units import UnitList, partition
@@ -34,7 +37,7 @@ class StepCache:
     """The step cache of one pipeline: one driver per expert, one run over all of them."""
 
     def __init__(
-        self, settings: CacheSettings, store: Store, schedule_of: Callable[[int], Schedule]
+        self, settings: CacheSettings, store: Store, schedule_of: Callable[[str, int], Schedule]
     ):
         self.settings, self.store, self.schedule_of = settings, store, schedule_of
         self.run = Run(store)
@@ -101,13 +104,29 @@ class ForwardHooks:
                 "num_inference_steps=...)`"
             )
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        latents = kwargs.get("hidden_states", args[0] if args else None)
+        channels = getattr(getattr(module, "config", None), "out_channels", None)
+        if latents is not None and channels is not None:
+            latents = latents[:, :channels]  # the noisy ones; conditioning stands behind them
         call = Call(
-            context.name, context.step_index, context.num_inference_steps, context.sigma, timestep
+            context.name,
+            context.step_index,
+            context.num_inference_steps,
+            context.sigma,
+            timestep,
+            latents,
         )
         self.driver.begin_call(call, self.cache.schedule_of)
 
-    def end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.driver.end_call()
+    def end(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Returns another output where the driver puts one in place of the transformer's."""
+        sample = output if output is None or isinstance(output, torch.Tensor) else output[0]
+        instead = self.driver.end_call(sample)
+        if instead is None:
+            return None
+        if isinstance(output, tuple):
+            return (instead, *output[1:])
+        return instead if isinstance(output, torch.Tensor) else type(output)(sample=instead)
 
 
 def enable_cache(
@@ -116,33 +135,36 @@ def enable_cache(
     forecaster: str | Forecaster | None = None,
     granularity: int | str | None = None,
     store: Store | None = None,
+    cfg: str | CfgDelta | None = None,
     **knobs: Any,
 ) -> StepCache:
     """Put a step cache on `target`: a diffusers pipeline, a bundle from `ditcache.load`, or one
     transformer.
 
     policy: an option of conf/cache ("taylorseer"), a name given to `@register_policy`, or an
-    instance. knobs: keys of the policy or of `CacheSettings` (head, tail, max_skips, budget).
-    Nothing is attached unless everything is.
+    instance. cfg: "delta" also skips the uncond branch on some steps. knobs: keys of the policy or
+    of `CacheSettings` (head, tail, max_skips, budget). Nothing is attached unless everything is.
 
     Raises ConfigError for wrong names or values, DitcacheError if a cache is already there or there
     are no blocks.
     """
     if granularity is not None:
         knobs["granularity"] = granularity
-    settings = read_settings(policy, forecaster, dict(knobs))
+    settings = read_settings(policy, forecaster, dict(knobs), cfg)
     return attach_settings(target, settings, DeviceStore() if store is None else store)
 
 
 def attach_settings(target: Any, settings: CacheSettings, store: Store) -> StepCache:
     """`enable_cache` for settings that are already checked."""
-    cache = StepCache(settings, store, schedule_reader(target))
-    cache.experts = experts_of(target)
+    experts = experts_of(target)
     if settings.policy is None:
-        return cache
-    for transformer in cache.experts.values():
+        return StepCache(settings, store, schedule_reader(target))
+    settings = replace(settings, policy=settings.policy.fitted(calibration_of(target)))
+    cache = StepCache(settings, store, schedule_reader(target))
+    cache.experts = experts
+    for transformer in experts.values():
         refuse_second_cache(transformer)
-    check_fit(target, settings)
+        units_of(transformer, settings)
     cache.attach()
     return cache
 
@@ -166,6 +188,7 @@ def check_fit(target: Any, settings: CacheSettings) -> None:
     would fit.
     """
     if settings.policy is not None:
+        settings.policy.fitted(calibration_of(target))
         for transformer in experts_of(target).values():
             units_of(transformer, settings)
 
@@ -187,19 +210,6 @@ def experts_of(target: Any) -> dict[str, nn.Module]:
     return experts
 
 
-def schedule_reader(target: Any) -> Callable[[int], Schedule]:
-    """How to learn a run's sigmas: from the pipeline's scheduler, if there is one."""
-    pipe = getattr(target, "pipe", target)
-
-    def read(num_steps: int) -> Schedule:
-        scheduler = getattr(pipe, "scheduler", None)
-        if scheduler is None or getattr(scheduler, "num_inference_steps", None) != num_steps:
-            return Schedule(num_steps)
-        return Schedule(num_steps, sigmas=tuple(scheduler.sigmas[:num_steps].tolist()))
-
-    return read
-
-
 def blocks_of(transformer: nn.Module) -> nn.ModuleList:
     blocks = getattr(transformer, block_list_name(transformer), None)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
@@ -211,7 +221,8 @@ def units_of(transformer: nn.Module, settings: CacheSettings) -> list[range]:
     """The spans of blocks that are cached as one, for this transformer."""
     assert settings.policy is not None
     try:
-        return partition(len(blocks_of(transformer)), settings.policy.probe, settings.granularity)
+        always = (settings.policy.probe, settings.policy.back)
+        return partition(len(blocks_of(transformer)), *always, settings.granularity)
     except ValueError as error:
         raise DitcacheError(f"cache.{error}") from None
 

@@ -11,7 +11,7 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ditcache.cache.policies.base import Context, Schedule
+from ditcache.cache.policies.base import Context, Policy, Schedule
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.state import Generation, UnitState
 from ditcache.cache.trace import Decision, Trace
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ditcache.cache.policies.base import Policy
     from ditcache.store.base import Store
 
 
 GENERATIONS = itertools.count(1)  # unique in the process, so that caches may share a store
+DELTA = -1  # the unit under which CFG-delta keeps its difference
 
 
 class Run:
@@ -40,7 +40,7 @@ class Run:
         """Start a new generation with nothing remembered."""
         self.end()
         self.trace = Trace()
-        self.generation = Generation(next(GENERATIONS), schedule, self.store)
+        self.generation = Generation(next(GENERATIONS), schedule.num_steps, self.store)
         return self.generation
 
     def end(self) -> None:
@@ -55,16 +55,35 @@ class Call:
     units.
     """
 
-    __slots__ = ("branch", "leader", "num_steps", "probe_residual", "sigma", "step", "timestep")
+    __slots__ = (
+        "branch",
+        "computed",
+        "latents",
+        "leader",
+        "num_steps",
+        "output",
+        "probe_residual",
+        "sigma",
+        "step",
+        "timestep",
+    )
 
     def __init__(
-        self, branch: str, step: int, num_steps: int, sigma: float | None, timestep: Tensor | None
+        self,
+        branch: str,
+        step: int,
+        num_steps: int,
+        sigma: float | None,
+        timestep: Tensor | None,
+        latents: Tensor | None = None,
     ):
         self.branch, self.step, self.num_steps = branch, step, num_steps
-        self.sigma, self.timestep = sigma, timestep
+        self.sigma, self.timestep, self.latents = sigma, timestep, latents
         self.probe_residual: Tensor | None = None
         # What the first unit did and why; the others follow it.
         self.leader: tuple[bool, str] | None = None
+        self.computed: Context | None = None  # of the first unit, if it computed
+        self.output: Tensor | None = None  # stands in for the whole forward's output
 
 
 class Driver:
@@ -74,50 +93,114 @@ class Driver:
         assert settings.policy is not None
         self.expert, self.settings, self.run, self.num_units = expert, settings, run, num_units
         self.policy: Policy = settings.policy
+        self.whole = settings.granularity == "output"
+        self.watches_output = type(self.policy).record_output is not Policy.record_output
         self.call: Call | None = None
 
-    def begin_call(self, call: Call, schedule_of: Callable[[int], Schedule]) -> None:
-        """A forward starts. `schedule_of(num_steps)` describes the run if this call is the first of
-        a new one.
+    def begin_call(self, call: Call, schedule_of: Callable[[str, int], Schedule]) -> None:
+        """A forward starts. `schedule_of(expert, num_steps)` describes the run if this call is the
+        first of a new one.
         """
         generation = self.run.generation
         if generation is None or not generation.continues_with(
             self.expert, call.branch, call.step, call.num_steps
         ):
-            generation = self.run.begin(schedule_of(call.num_steps))
+            generation = self.run.begin(schedule_of(self.expert, call.num_steps))
         if self.expert not in generation.masks:
-            generation.masks[self.expert] = self.checked_mask(generation.schedule)
+            self.plan(generation, schedule_of(self.expert, call.num_steps))
         generation.enter(self.expert, call.branch, call.step)
+        if call.sigma is None and generation.sigmas:
+            call.sigma = generation.sigmas[call.step]
+        if self.settings.cfg is not None and call.branch == "uncond":
+            call.output = self.cond_plus_delta(call, generation)
         self.call = call
 
-    def end_call(self) -> None:
-        self.call = None
-
-    def checked_mask(self, schedule: Schedule) -> list[bool] | None:
-        """The static policy's mask for this run; a wrong one is refused before anything is
-        skipped.
+    def end_call(self, output: Tensor | None) -> Tensor | None:
+        """The forward is over, with this output [B, C, T, H, W] (None after an exception); returns
+        what stands in for it, if anything.
         """
-        own = replace(schedule, head=self.settings.head, tail=self.settings.tail)
-        mask = self.policy.mask(own)
-        if mask is None:
+        call, self.call = self.call, None
+        generation = self.run.generation
+        if output is None or call is None or generation is None:
             return None
-        name = type(self.policy).__name__
-        if len(mask) != schedule.num_steps:
-            raise ConfigError(
-                f"{name}: its mask has {len(mask)} steps, the run has {schedule.num_steps}"
-            )
-        if mask and not mask[0]:
-            raise ConfigError(f"{name}: its mask skips the first step, which has nothing to reuse")
-        return mask
+        more = call.step < call.num_steps - 1
+        if call.computed is not None and self.watches_output and more:
+            self.policy.record_output(call.computed, output)
+        if call.computed is not None and self.whole and generation.wanted(self.expert, call.step):
+            assert call.latents is not None
+            self.settings.forecaster.observe(call.computed, output.float() - call.latents.float())
+        result = output if call.output is None else call.output.to(output.dtype)
+        if self.settings.cfg is not None:
+            self.keep_delta(call, generation, result)
+        return None if call.output is None else result
 
-    def run_probe(
-        self, blocks: list, hidden: Tensor, args: tuple, kwargs: dict[str, Any]
+    def plan(self, generation: Generation, schedule: Schedule) -> None:
+        """Ask a static policy for its mask and see which residuals a skip can still need."""
+        s = self.settings
+        own = replace(schedule, head=s.head, tail=s.tail)
+        mask = self.policy.mask(own)
+        name, steps = type(self.policy).__name__, schedule.num_steps
+        if mask is not None and len(mask) != steps:
+            raise ConfigError(f"{name}: its mask has {len(mask)} steps, the run has {steps}")
+        if mask and own.first == 0 and not mask[0]:
+            raise ConfigError(f"{name}: its mask skips the first step, which has nothing to reuse")
+        generation.masks[self.expert] = mask
+        generation.sigmas = schedule.sigmas
+        certain = [
+            step < s.head or step >= steps - s.tail or (mask is not None and mask[step])
+            for step in range(steps)
+        ]
+        kept = certain  # steps sure to compute; CFG-delta may leave out what the mask computes
+        if s.cfg is not None:
+            kept = [step < s.head or step >= steps - s.tail for step in range(steps)]
+        generation.needed[self.expert] = needed(certain, kept, s.forecaster.tensors)
+
+    def cond_plus_delta(self, call: Call, generation: Generation) -> Tensor | None:
+        """CFG-delta: cond's output of this step plus the kept difference, where this step may do
+        without the uncond branch.
+        """
+        assert self.settings.cfg is not None and call.latents is not None
+        cond, state = generation.cond_output, generation.unit(self.expert, "uncond", DELTA)
+        free = self.settings.head <= call.step < call.num_steps - self.settings.tail
+        if not free or cond is None or cond[0] != call.step or cond[1].shape != call.latents.shape:
+            return None
+        if not self.settings.cfg.skips(call.step, state.last_step):
+            return None
+        if generation.unit(self.expert, "uncond", 0).last_step != call.step - 1:  # a gap
+            return None
+        delta = state.get("delta")
+        if delta is None or delta.shape != cond[1].shape:
+            return None
+        return cond[1] + delta
+
+    def keep_delta(self, call: Call, generation: Generation, output: Tensor) -> None:
+        """CFG-delta: remember cond's output until uncond comes, and their difference after that."""
+        if call.branch == "cond":
+            generation.cond_output = (call.step, output)
+        elif generation.cond_output is not None and (call.leader or (True, ""))[1] != "cfg":
+            step, cond = generation.cond_output
+            state = generation.unit(self.expert, "uncond", DELTA)
+            if step == call.step and step < call.num_steps - 1 and cond.shape == output.shape:
+                state.put("delta", output - cond)
+                state.last_step = step
+            else:
+                state.drop()
+            generation.cond_output = None
+
+    def run_always(
+        self, blocks: list, hidden: Tensor, args: tuple, kwargs: dict[str, Any], *, front: bool
     ) -> Tensor:
-        """The blocks that always run; keeps what they added for the policy."""
+        """The blocks that always run, at the front (then the policy sees what they added) or at the
+        back.
+        """
         assert self.call is not None
+        self.run.trace.always_blocks += len(blocks)
+        if self.call.output is not None:  # nobody will look at the result
+            return hidden
         out = run_blocks(blocks, hidden, args, kwargs)
-        self.run.trace.probe_blocks += len(blocks)
-        self.call.probe_residual = (out - hidden).detach()
+        self.run.trace.always_computed += len(blocks)
+        if front:
+            self.call.probe_residual = (out - hidden).detach()
         return out
 
     def run_unit(
@@ -126,20 +209,45 @@ class Driver:
         """One cached unit: its blocks, or its input plus a forecast of their residual."""
         call, generation = self.call, self.run.generation
         assert call is not None and generation is not None
-        state, forced = self.forced(
-            generation.unit(self.expert, call.branch, index), call, hidden, generation
-        )
+        state = generation.unit(self.expert, call.branch, index)
+        if call.output is not None:
+            call.leader = (False, "cfg")
+            state.last_step = call.step if state.last_step is not None else None
+            self.note(call, index, False, "cfg", None, len(blocks), state)
+            return hidden
+        state, forced = self.forced(state, call, hidden, generation)
         context = self.context(call, state, index, hidden, args, kwargs)
         computed, reason = (True, forced) if forced else self.decide(context, state, generation)
         forecast = None
         if not computed:
-            forecast = self.settings.forecaster.forecast(state, call.step)
+            forecast = self.settings.forecaster.forecast(context) if state.computed else None
             if forecast is None:
                 computed, reason = True, "missing"
-        out = run_blocks(blocks, hidden, args, kwargs) if forecast is None else hidden + forecast
+        if forecast is None:
+            out = run_blocks(blocks, hidden, args, kwargs)
+        elif self.whole:
+            assert call.latents is not None
+            out, call.output = hidden, call.latents.float() + forecast
+        else:
+            out = hidden + forecast
         if call.leader is None:
             call.leader = (computed, reason)
-        self.remember(context, state, computed, out)
+            call.computed = context if computed else None
+            generation.decided[self.expert] = (call.step, call.branch, computed)
+        self.remember(context, state, generation, computed, out)
+        self.note(call, index, computed, reason, context.signal, len(blocks), state)
+        return out
+
+    def note(
+        self,
+        call: Call,
+        index: int,
+        computed: bool,
+        reason: str,
+        signal: float | None,
+        blocks: int,
+        state: UnitState,
+    ) -> None:
         self.run.trace.decisions.append(
             Decision(
                 call.step,
@@ -148,12 +256,11 @@ class Driver:
                 index,
                 computed,
                 reason,
-                context.signal,
-                len(blocks),
+                signal,
+                blocks,
                 state.nbytes(),
             )
         )
-        return out
 
     def forced(
         self, state: UnitState, call: Call, hidden: Tensor, generation: Generation
@@ -163,7 +270,7 @@ class Driver:
         """
         signature = (hidden.shape, hidden.dtype, hidden.device)
         reason = None
-        if not state.computed:
+        if state.last_step is None:
             reason = "first"
         elif state.signature != signature:
             state, reason = generation.restart(state), "shape"
@@ -180,30 +287,39 @@ class Driver:
         self, context: Context, state: UnitState, generation: Generation
     ) -> tuple[bool, str]:
         """Limits first, then the mask or the policy. Units after the first follow it unless the
-        policy is per unit.
+        policy is per unit; uncond follows cond if the policy says so.
         """
         call, mask = self.call, generation.masks[self.expert]
         assert call is not None
         if call.leader is not None and not self.policy.per_unit:
             return call.leader
+        if self.policy.branches_agree and call.branch != "cond":
+            step, branch, computed = generation.decided.get(self.expert, (-1, "", False))
+            if step == call.step and branch == "cond":
+                return computed, "cond"
         if self.settings.max_skips is not None and state.run >= self.settings.max_skips:
             return True, "max_skips"
         if self.settings.budget is not None and state.skipped >= self.settings.budget:
             return True, "budget"
         return (self.policy.should_compute(context) if mask is None else mask[call.step]), "policy"
 
-    def remember(self, context: Context, state: UnitState, computed: bool, out: Tensor) -> None:
+    def remember(
+        self,
+        context: Context,
+        state: UnitState,
+        generation: Generation,
+        computed: bool,
+        out: Tensor,
+    ) -> None:
         """Update what the unit keeps; after the last step, keep nothing."""
         if context.unit_index == 0 or self.policy.per_unit:
             self.policy.record(context, computed)
+        state.run = 0 if computed else state.run + 1
+        state.skipped += not computed
         if context.step == context.num_steps - 1:
             state.drop()
-        elif computed:
-            state.run = 0
-            self.settings.forecaster.observe(state, context.step, out - context.hidden)
-        else:
-            state.run += 1
-            state.skipped += 1
+        elif computed and not self.whole and generation.wanted(self.expert, context.step):
+            self.settings.forecaster.observe(context, out - context.hidden)
 
     def context(
         self,
@@ -228,8 +344,26 @@ class Driver:
             encoder_hidden=args[0] if args else kwargs.get("encoder_hidden_states"),
             e0=args[1] if len(args) > 1 else kwargs.get("temb"),
             probe_residual=call.probe_residual,
+            latents=call.latents,
+            policy=self.policy,
             state=state,
         )
+
+
+def needed(certain: list[bool], kept: list[bool], tensors: int) -> list[bool]:
+    """Which steps' residuals a later skip can still use.
+
+    certain: steps that no forecast will be asked for. kept: those of them that are sure to compute.
+    A residual is of no use once `tensors` newer ones are sure to come before the next skip.
+    """
+    result, newer = [], None  # residuals sure to come between here and the next skip
+    for fixed, computed in zip(reversed(certain), reversed(kept), strict=True):
+        result.append(newer is not None and newer < tensors)
+        if not fixed:
+            newer = 0
+        elif newer is not None:
+            newer += computed
+    return result[::-1]
 
 
 def run_blocks(blocks: list, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:

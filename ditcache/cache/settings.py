@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ditcache.cache.cfg.delta import CfgDelta
 from ditcache.cache.forecasters.base import Forecaster
 from ditcache.cache.forecasters.hold import Hold
 from ditcache.cache.policies.base import REGISTERED, Policy
@@ -21,9 +22,11 @@ class CacheSettings:
     policy.
 
     policy: None means no cache at all. granularity: `stack` (all blocks as one unit), `per_block`,
-    or a group size. head, tail: steps at the start and end that always compute. max_skips: longest
-    run of skipped steps (None: no limit). budget: most steps skipped per branch and expert in one
-    generation (None: no limit).
+    a group size, or `output` (all blocks; forecast is the transformer's output minus its latent
+    input, of which little has to be kept). head, tail: steps at the start and end that always
+    compute. max_skips: longest run of skipped steps (None: no limit). budget: most steps skipped
+    per branch and expert in one generation (None: no limit). cfg: leave out the uncond branch on
+    some steps.
     """
 
     policy: Policy | None = None
@@ -33,24 +36,29 @@ class CacheSettings:
     tail: int = 1
     max_skips: int | None = None
     budget: int | None = None
+    cfg: CfgDelta | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("head", 0), ("tail", 0), ("max_skips", 0), ("budget", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name}: must be >= {low}, got {value}")
-        if self.granularity not in ("stack", "per_block") and not (
+        if self.granularity not in ("stack", "per_block", "output") and not (
             isinstance(self.granularity, int) and self.granularity >= 1
         ):
             raise ValueError(
-                "granularity: must be 'stack', 'per_block' or a group size >= 1, "
+                "granularity: must be 'stack', 'per_block', 'output' or a group size >= 1, "
                 f"got {self.granularity!r}"
             )
+        if self.policy is not None:
+            self.forecaster.check(self.policy)
 
     def check_effect(self) -> None:
         """Raises ValueError if there is no policy that the other settings could act on."""
-        rules = (self.granularity, self.head, self.tail, self.max_skips, self.budget)
-        if self.policy is None and (self.forecaster, *rules) != (Hold(), "stack", 1, 1, None, None):
+        rules = (self.granularity, self.head, self.tail, self.max_skips, self.budget, self.cfg)
+        if self.policy is None and (self.forecaster, *rules) != (
+            Hold(), "stack", 1, 1, None, None, None,
+        ):  # fmt: skip
             raise ValueError("cache.policy: without one no setting has an effect; use cache=none")
 
     @property
@@ -59,7 +67,10 @@ class CacheSettings:
 
 
 def read_settings(
-    policy: str | Policy, forecaster: str | Forecaster | None, knobs: dict[str, Any]
+    policy: str | Policy,
+    forecaster: str | Forecaster | None,
+    knobs: dict[str, Any],
+    cfg: str | CfgDelta | None = None,
 ) -> CacheSettings:
     """`enable_cache`'s arguments -> settings: a YAML of conf/cache, a registered class, or an
     instance.
@@ -79,7 +90,7 @@ def read_settings(
         known = {*options("cache"), *REGISTERED}
         raise ConfigError(f"enable_cache: no policy '{policy}'. {one_of(str(policy), known)}")
 
-    driver = [] if policy == "none" else [f.name for f in fields(CacheSettings)][2:]
+    driver = [] if policy == "none" else [f.name for f in fields(CacheSettings)][2:-1]
     for name, value in knobs.items():
         if name not in own + driver:
             label = policy if isinstance(policy, str) else type(policy).__name__
@@ -87,21 +98,30 @@ def read_settings(
                 f"enable_cache: {label} takes no '{name}' here. {one_of(name, own + driver)}"
             )
         OmegaConf.update(node, f"policy.{name}" if name in own else name, value, force_add=True)
-    if policy == "none" and forecaster is not None:
-        raise ConfigError("enable_cache: none takes no forecaster")
+    for name, part in (("forecaster", forecaster), ("cfg", cfg)):
+        if policy == "none" and part is not None:
+            raise ConfigError(f"enable_cache: none takes no {name}")
     if isinstance(forecaster, str):
         node.forecaster = load_yaml("cache/forecaster", forecaster)
+    if isinstance(cfg, str):
+        node.cfg = load_yaml("cache/cfg", cfg)
 
     if target is not None:
         policy = build(node, "policy", target)
     if isinstance(policy, Policy):
         node.pop("policy", None)
     settings = build(node, "", CacheSettings)
+    instances: dict[str, Any] = {}
     if isinstance(policy, Policy):
-        settings.policy = policy
+        instances["policy"] = policy
     if isinstance(forecaster, Forecaster):
-        settings.forecaster = forecaster
-    return settings
+        instances["forecaster"] = forecaster
+    if cfg is not None and not isinstance(cfg, str):
+        instances["cfg"] = cfg
+    try:
+        return replace(settings, **instances)
+    except ValueError as error:
+        raise ConfigError(f"cache.{error}") from None
 
 
 def compose(name: str) -> DictConfig:
@@ -110,5 +130,7 @@ def compose(name: str) -> DictConfig:
     for default in node.pop("defaults", []):
         if isinstance(default, DictConfig):
             for group, option in default.items():
+                if option is None:
+                    continue
                 node[str(group)] = load_yaml(f"cache/{group!s}", str(option))
     return node

@@ -4,14 +4,20 @@ nothing needs a reset.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ditcache.store.base import Key, Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ditcache.cache.policies.base import Schedule
+
+class Point(NamedTuple):
+    """A residual that was observed: when, at which noise level, and under which slot it is kept."""
+
+    step: int
+    sigma: float | None
+    slot: str
 
 
 class UnitState:
@@ -35,7 +41,7 @@ class UnitState:
 
     def __init__(self, store: Store, prefix: tuple[int, str, str, int]):
         self.store, self.prefix = store, prefix
-        self.computed: list[tuple[int, str]] = []  # (step, slot) of every residual observed
+        self.computed: list[Point] = []  # every residual observed, oldest first
         self.last_step: int | None = None  # last step seen, computed or skipped
         self.run = 0  # steps skipped since the last computed one
         self.skipped = 0
@@ -62,19 +68,23 @@ class UnitState:
 class Generation:
     """One pass over all denoising steps: whose turn it is and what every unit keeps."""
 
-    def __init__(self, number: int, schedule: Schedule, store: Store):
-        self.number, self.schedule, self.store = number, schedule, store
+    def __init__(self, number: int, num_steps: int, store: Store):
+        self.number, self.num_steps, self.store = number, num_steps, store
+        self.sigmas: tuple[float, ...] = ()
         self.step = -1
         self.seen: set[tuple[str, str]] = set()  # (expert, branch) calls already made at this step
         self.expert: str | None = None
         self.units: dict[tuple[str, str, int], UnitState] = {}
         self.masks: dict[str, list[bool] | None] = {}
+        self.needed: dict[str, list[bool]] = {}  # per expert and step: may the residual be used
+        self.decided: dict[str, tuple[int, str, bool]] = {}  # last (step, branch, computed)
+        self.cond_output: tuple[int, Tensor] | None = None  # (step, output), until uncond has come
 
     def continues_with(self, expert: str, branch: str, step: int, num_steps: int) -> bool:
         """Whether a call can belong to this generation: time does not run backwards, no branch
         calls twice a step.
         """
-        if num_steps != self.schedule.num_steps or step < self.step:
+        if num_steps != self.num_steps or step < self.step:
             return False
         return step > self.step or (expert, branch) not in self.seen
 
@@ -94,6 +104,15 @@ class Generation:
             self.units[key] = UnitState(self.store, (self.number, *key))
         return self.units[key]
 
+    def wanted(self, expert: str, step: int) -> bool:
+        """Whether a residual computed at `step` is worth keeping. Steps that compute against the
+        plan are kept as well.
+        """
+        mask = self.masks[expert]
+        if step == self.num_steps - 1:
+            return False
+        return self.needed[expert][step] or (mask is not None and not mask[step])
+
     def restart(self, state: UnitState) -> UnitState:
         """The same unit with nothing remembered, as after a change of shape."""
         _, expert, branch, index = state.prefix
@@ -107,4 +126,5 @@ class Generation:
         """Drop what `expert` kept, or everything."""
         for key in [key for key in self.units if expert in (None, key[0])]:
             self.units.pop(key)
+        self.cond_output = None
         self.store.drop(*((self.number,) if expert is None else (self.number, expert)))

@@ -9,7 +9,7 @@ from typing import Any
 @dataclass(slots=True)
 class Decision:
     """One unit at one call. `reason` says who decided: first, head, tail, shape, gap, max_skips,
-    budget, policy, missing.
+    budget, policy, cond (uncond follows cond), cfg (CFG-delta), missing.
 
     blocks: how many blocks the unit spans. nbytes: what the unit keeps in the store after the call.
     """
@@ -30,7 +30,8 @@ class Trace:
     """The decisions of the current or last generation."""
 
     decisions: list[Decision] = field(default_factory=list)
-    probe_blocks: int = 0  # blocks run outside any unit
+    always_blocks: int = 0  # blocks outside any unit, which run whatever is decided ...
+    always_computed: int = 0  # ... except where nobody looks at the result
 
     @property
     def computed(self) -> int:
@@ -40,11 +41,11 @@ class Trace:
     @property
     def blocks(self) -> int:
         """Blocks a run without cache would compute."""
-        return self.probe_blocks + sum(decision.blocks for decision in self.decisions)
+        return self.always_blocks + sum(decision.blocks for decision in self.decisions)
 
     @property
     def blocks_computed(self) -> int:
-        return self.probe_blocks + sum(
+        return self.always_computed + sum(
             decision.blocks for decision in self.decisions if decision.computed
         )
 

@@ -16,24 +16,33 @@ if TYPE_CHECKING:
     from ditcache.cache.attach import StepCache
 
 
-def partition(num_blocks: int, probe: int, granularity: int | str) -> list[range]:
-    """Blocks after the probe -> units. Raises ValueError when a setting does not fit this model."""
-    if not probe < num_blocks:
+def partition(num_blocks: int, probe: int, back: int, granularity: int | str) -> list[range]:
+    """Blocks between the front and the back ones that always run -> units. Raises ValueError when a
+    setting does not fit this model.
+    """
+    if not probe + back < num_blocks:
         raise ValueError(
-            f"policy: it always computes {probe} blocks, but the model has {num_blocks} blocks"
+            f"policy: it always computes {probe + back} blocks, but the model has {num_blocks} "
+            "blocks"
+        )
+    if granularity == "output" and back:
+        raise ValueError(
+            "granularity: output replaces what the blocks at the back compute; use stack, or a "
+            "policy without them"
         )
     size = (
-        {"stack": num_blocks, "per_block": 1}.get(granularity, granularity)
+        {"stack": num_blocks, "output": num_blocks, "per_block": 1}.get(granularity, granularity)
         if isinstance(granularity, str)
         else granularity
     )
     if isinstance(granularity, int) and granularity > num_blocks:
         raise ValueError(
-            "granularity: must be 'stack', 'per_block' or a group size from 1 to "
+            "granularity: must be 'stack', 'per_block', 'output' or a group size from 1 to "
             f"{num_blocks}, got {granularity}"
         )
     assert isinstance(size, int)
-    return [range(start, min(start + size, num_blocks)) for start in range(probe, num_blocks, size)]
+    end = num_blocks - back
+    return [range(start, min(start + size, end)) for start in range(probe, end, size)]
 
 
 class Unit:
@@ -48,9 +57,14 @@ class Unit:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         blocks = [self.blocks[i] for i in self.span]
-        if self.index is None:
-            return self.driver.run_probe(blocks, hidden_states, args, kwargs)
-        return self.driver.run_unit(self.index, blocks, hidden_states, args, kwargs)
+        try:
+            if self.index is None:
+                front = self.span.start == 0
+                return self.driver.run_always(blocks, hidden_states, args, kwargs, front=front)
+            return self.driver.run_unit(self.index, blocks, hidden_states, args, kwargs)
+        except BaseException:  # torch runs no forward hook after a keyboard interrupt
+            self.driver.call = None
+            raise
 
 
 class UnitList(nn.ModuleList):
@@ -79,6 +93,8 @@ class UnitList(nn.ModuleList):
         units = [Unit(self, driver, index, span) for index, span in enumerate(spans)]
         if spans[0].start:
             units.insert(0, Unit(self, driver, None, range(spans[0].start)))
+        if spans[-1].stop < len(original):
+            units.append(Unit(self, driver, None, range(spans[-1].stop, len(original))))
         self.__dict__.update(
             cache=cache, original=original, driver=driver, units=units, handles=handles
         )

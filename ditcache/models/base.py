@@ -30,7 +30,8 @@ class Model:
     `group` only the transformer layers at work. guidance_low: guidance of the low-noise expert
     (None: the same). boundary: share of the noise range at which the low-noise expert takes over
     (None: what the checkpoint says). shift: of the flow schedule (None: likewise). size_multiple:
-    height and width must be multiples of it.
+    height and width must be multiples of it. calibration: an option of conf/calibration or a YAML
+    file, with the constants some policies need.
     """
 
     pipeline: ClassVar[str]  # class of diffusers that loads and conditions it
@@ -53,6 +54,7 @@ class Model:
     negative_prompt: str = ""
     size_multiple: int = 16
     upscale: int = 1
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("dtype", DTYPES), ("vae_dtype", DTYPES), ("offload", OFFLOADS)):

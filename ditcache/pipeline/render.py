@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,23 +22,10 @@ from ditcache.pipeline.callbacks import Step
 from ditcache.pipeline.denoise import decode_latents, denoise
 from ditcache.pipeline.inputs import Inputs, draw_inputs
 from ditcache.pipeline.text import encode_text
-from ditcache.store.base import Store
 
-
-class RenderSettings(Protocol):
-    """What a renderer needs of a command's settings; see GenerateSettings for the meanings."""
-
-    store: Store
-    steps: int
-    guidance: float
-    guidance_low: float | None
-    shift: float | None
-    height: int
-    width: int
-    num_frames: int
-    negative_prompt: str
-    image: str | None
-    seed: int
+if TYPE_CHECKING:
+    from ditcache.commands.generate import GenerateSettings
+    from ditcache.pipeline.settings import SamplingSettings
 
 
 @dataclass
@@ -66,7 +53,7 @@ OnStep = Callable[[str, int, Step, Trace | None], None]
 class Renderer:
     """Renders prompts on one bundle with one set of sampling settings."""
 
-    def __init__(self, bundle: Bundle, settings: RenderSettings, on_step: OnStep):
+    def __init__(self, bundle: Bundle, settings: GenerateSettings, on_step: OnStep):
         self.bundle, self.settings, self.on_step = bundle, settings, on_step
         self.picture = open_picture(settings.image)
 
@@ -75,7 +62,7 @@ class Renderer:
         next.
         """
         s, clock = self.settings, Clock(self.bundle.device)
-        inputs = self.inputs(prompt)
+        inputs = prepare(self.bundle, s, prompt, self.picture, seed=s.seed)
         clock.lap("text")
         s.store.reset_counters()
         attached = attach_settings(self.bundle, cache, s.store)
@@ -126,26 +113,19 @@ class Renderer:
         process's start.
         """
         s = self.settings
-        latents = denoise(
-            self.bundle, self.inputs("warm-up"), steps=2, guidance=s.guidance, shift=s.shift
-        )
+        inputs = prepare(self.bundle, s, "warm-up", self.picture, seed=s.seed)
+        latents = denoise(self.bundle, inputs, steps=2, guidance=s.guidance, shift=s.shift)
         decode_latents(self.bundle, latents)
 
-    def inputs(self, prompt: str) -> Inputs:
-        """Text, noise and picture of one video."""
-        s = self.settings
-        text = encode_text(
-            self.bundle, prompt, negative_prompt=s.negative_prompt, guidance=s.guidance
-        )
-        return draw_inputs(
-            self.bundle,
-            text,
-            height=s.height,
-            width=s.width,
-            num_frames=s.num_frames,
-            seed=s.seed,
-            picture=self.picture,
-        )
+
+def prepare(
+    bundle: Bundle, settings: SamplingSettings, prompt: str, picture: Any, *, seed: int
+) -> Inputs:
+    """Text, noise and picture of one video."""
+    s = settings
+    text = encode_text(bundle, prompt, negative_prompt=s.negative_prompt, guidance=s.guidance)
+    size = {"height": s.height, "width": s.width, "num_frames": s.num_frames}
+    return draw_inputs(bundle, text, **size, seed=seed, picture=picture)
 
 
 class Clock:

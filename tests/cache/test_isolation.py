@@ -3,72 +3,172 @@ are. Peers' defects by their number in the list the project works from (D4, D5, 
 """
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from test_exactness import PROMPT, SKIPPING, generate
+from by_hand import by_hand, cached, decisions
+from safetensors.torch import load_file
+from test_exactness import SKIPPING, generate
 
 import ditcache
 from ditcache.cache.policies.base import Policy
 from ditcache.errors import ConfigError, DitcacheError
 
-
-def test_branches_never_mix(pipe):
-    """Poison one branch's state with NaN: the other does not change."""
-    cache = ditcache.enable_cache(pipe, "taylorseer", head=2, tail=1)
-    clean = velocities(pipe, "cond")
-    poisoned = velocities(pipe, "cond", poison="uncond", cache=cache)
-    assert len(clean) == len(poisoned) == 8
-    assert all(torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True))
-    assert any(v.isnan().any() for v in velocities(pipe, "uncond", poison="uncond", cache=cache))
+AGREEING = ("easycache", "seacache")  # uncond follows cond's decision
 
 
-def velocities(pipe, branch, poison=None, cache=None):
-    """Outputs of one branch over eight steps on fixed latents, both branches being run."""
-    torch.manual_seed(0)
-    latents, outputs = torch.randn(1, 16, 5, 8, 8), []
-    states = torch.randn(1, 512, pipe.transformer.config.text_dim)
-    pipe.transformer._reset_stateful_cache()
-    with torch.no_grad():
-        for step in range(8):
-            for name in ("cond", "uncond"):
-                if poison == name and step > 0:
-                    for key, tensor in cache.store.entries.items():
-                        if key.branch == name:
-                            tensor.fill_(torch.nan)
-                with pipe.transformer.cache_context(name, step_index=step, num_inference_steps=8):
-                    out = pipe.transformer(
-                        hidden_states=latents,
-                        timestep=torch.tensor([900 - 100 * step]),
-                        encoder_hidden_states=states * (name == "cond"),
-                        return_dict=False,
-                    )[0]
-                if name == branch:
-                    outputs.append(out)
-    return outputs
+def poison(cache, branch, *, signals):
+    """Make what a branch keeps NaN: what stands in for residuals, and the policy's references too if
+    `signals`.
+    """
+    for key, tensor in cache.store.entries.items():
+        if key.branch == branch and (signals or key.slot.isdigit() or key.slot == "delta"):
+            tensor.fill_(torch.nan)
+    for (_, of, _), state in cache.run.generation.units.items():
+        for value in state.values.values() if signals and of == branch else ():
+            if isinstance(value, torch.Tensor):
+                value.fill_(torch.nan)
+
+
+def poisoned_run(pipe, cache, branch, *, signals):
+    def before(step, name):
+        if step > 0 and name == branch:
+            poison(cache, branch, signals=signals)
+
+    return by_hand(pipe, before=before)
+
+
+@pytest.mark.parametrize(
+    ("policy", "branch"),
+    [
+        (policy, branch)
+        for policy in SKIPPING
+        for branch in ("cond", "uncond")
+        if (policy, branch) != ("cfg_delta", "cond")  # it reuses nothing there
+    ],
+)
+def test_branches_never_mix(pipe, policy, branch):
+    """Poison what one branch would reuse: it shows there and nowhere else."""
+    other = "uncond" if branch == "cond" else "cond"
+    cache = ditcache.enable_cache(pipe, policy, head=1, **SKIPPING[policy])
+    clean = by_hand(pipe)
+    poisoned = poisoned_run(pipe, cache, branch, signals=False)
+    assert all(torch.equal(a, b) for a, b in zip(clean[other], poisoned[other], strict=True))
+    assert any(out.isnan().any() for out in poisoned[branch])
+    assert not any(out.isnan().any() for out in clean[branch])
+
+
+@pytest.mark.filterwarnings("ignore:step cache. a signal is not finite")
+@pytest.mark.parametrize("branch", ["cond", "uncond"])
+@pytest.mark.parametrize("policy", sorted(SKIPPING.keys() - {"cfg_delta"}))
+def test_branches_decide_for_themselves(pipe, policy, branch):
+    """Poison references and accumulators as well. Only where uncond follows cond's decision may a
+    poisoned cond make it compute, and then it computes what an uncached run does.
+    """
+    other = "uncond" if branch == "cond" else "cond"
+    plain = by_hand(pipe)
+    cache = ditcache.enable_cache(pipe, policy, head=1, **SKIPPING[policy])
+    clean = by_hand(pipe)
+    before = decisions(cache, other)
+    poisoned = poisoned_run(pipe, cache, branch, signals=True)
+    if policy in AGREEING and branch == "cond":
+        assert decisions(cache, other) == decisions(cache, branch) == "111111" != before
+        clean = plain
+    assert all(torch.equal(a, b) for a, b in zip(clean[other], poisoned[other], strict=True))
+
+
+def test_the_policies_whose_branches_agree(pipe):
+    found = set()
+    for policy, knobs in SKIPPING.items():
+        with cached(pipe, policy, **knobs) as cache:
+            if cache.settings.policy.branches_agree:
+                found.add(policy)
+    assert found == set(AGREEING)
 
 
 @pytest.mark.parametrize("policy", SKIPPING)
 def test_d4_a_run_never_sees_the_run_before(pipe, policy):
     cache = ditcache.enable_cache(pipe, policy, head=1, **SKIPPING[policy])
     alone = generate(pipe, seed=1)
-    generate(pipe, seed=2, steps=9)
+    generate(pipe, seed=2, steps=6 if policy == "planned" else 9)  # plans are for one length
     assert torch.equal(generate(pipe, seed=1), alone)
     generate(pipe, seed=2, height=48)
     assert torch.equal(generate(pipe, seed=1), alone)
     with pytest.raises(KeyboardInterrupt):
-        pipe(
-            PROMPT,
-            height=64,
-            width=64,
-            num_frames=17,
-            num_inference_steps=6,
-            guidance_scale=4.0,
-            callback_on_step_end=interrupt_at_3,
-            generator=torch.Generator().manual_seed(5),
-        )
+        generate(pipe, seed=5, callback_on_step_end=interrupt_at_3)
     assert torch.equal(generate(pipe, seed=1), alone)
     assert cache.store.stats()["bytes"] == 0
+
+
+@pytest.mark.parametrize("policy", SKIPPING)
+def test_d4_a_run_never_sees_one_that_failed_inside_a_block(pipe, policy):
+    def fail(module, args):
+        if cache.trace.decisions and cache.trace.decisions[-1].step == 4:
+            raise RuntimeError("no memory")
+
+    cache = ditcache.enable_cache(pipe, policy, head=1, **SKIPPING[policy])
+    alone = generate(pipe, seed=1)
+    handle = pipe.transformer.blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        generate(pipe, seed=2)
+    handle.remove()
+    assert list(pipe.transformer.blocks) == list(pipe.transformer.blocks[:])  # blocks, not units
+    assert torch.equal(generate(pipe, seed=1), alone)
+    assert cache.store.stats()["bytes"] == 0
+
+
+def test_d4_an_interrupt_inside_a_block_leaves_no_units_behind(pipe):
+    """torch runs no forward hook after a KeyboardInterrupt."""
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    ditcache.enable_cache(pipe, "interval")
+    handle = pipe.transformer.blocks[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe)
+    handle.remove()
+    assert list(pipe.transformer.blocks) == list(pipe.transformer.blocks[:])
+
+
+FRESH = """
+import sys
+sys.path[:0] = {paths}
+import torch
+torch.set_num_threads({threads})
+import ditcache
+from safetensors.torch import save_file
+from test_exactness import SKIPPING, generate
+videos = {{}}
+pipe = ditcache.load("tiny").pipe
+for policy, knobs in SKIPPING.items():
+    ditcache.enable_cache(pipe, policy, head=1, **knobs)
+    videos[policy] = generate(pipe, "a red star", seed=8)
+    ditcache.disable_cache(pipe)
+save_file(videos, "{file}")
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Policy -> the video of another process, which has seen no other."""
+    file = tmp_path_factory.mktemp("fresh") / "videos.safetensors"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent), *sys.path]
+    script = FRESH.format(paths=paths, file=file, threads=torch.get_num_threads())
+    quiet = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # threads of two processes on few cores
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=quiet)
+    return load_file(file)
+
+
+@pytest.mark.parametrize("policy", SKIPPING)
+def test_d4_the_second_video_equals_that_of_a_fresh_process(pipe, policy, alone):
+    ditcache.enable_cache(pipe, policy, head=1, **SKIPPING[policy])
+    generate(pipe, seed=7)
+    assert torch.equal(generate(pipe, "a red star", seed=8), alone[policy])
 
 
 def interrupt_at_3(pipe, index, timestep, tensors):
@@ -77,18 +177,40 @@ def interrupt_at_3(pipe, index, timestep, tensors):
     return tensors
 
 
-@pytest.mark.parametrize("policy", ["interval", "fbcache"])
+@pytest.mark.parametrize("policy", SKIPPING)
 def test_d5_settings_that_do_not_fit_the_model_are_refused(pipe, policy):
     count = len(pipe.transformer.blocks)
     with pytest.raises(DitcacheError, match=f"1 to {count}, got 99"):
-        ditcache.enable_cache(pipe, policy, granularity=99)
-
-    class Greedy(Policy):
-        probe = count
-
-    with pytest.raises(DitcacheError, match=f"{count} blocks"):
-        ditcache.enable_cache(pipe, Greedy())
+        ditcache.enable_cache(pipe, policy, **{**SKIPPING[policy], "granularity": 99})
     assert type(pipe.transformer.blocks) is torch.nn.ModuleList
+
+
+@pytest.mark.parametrize(
+    ("policy", "knobs"),
+    [
+        ("dbcache", {"front": 8}),
+        ("dbcache", {"front": 9}),
+        ("dbcache", {"front": 4, "back": 4}),
+        ("dbcache", {"front": 5, "back": 6}),
+        ("dbcache", {"front": 1, "back": 7}),
+        ("dicache", {"depth": 8}),
+        ("dicache", {"depth": 20}),
+    ],
+)
+def test_d5_more_blocks_that_always_run_than_the_model_has(pipe, policy, knobs):
+    """Also as many: then nothing would be left to cache."""
+    count = len(pipe.transformer.blocks)
+    with pytest.raises(DitcacheError, match=f"always computes .* the model has {count} blocks"):
+        ditcache.enable_cache(pipe, policy, **knobs)
+    assert type(pipe.transformer.blocks) is torch.nn.ModuleList
+
+
+def test_d5_a_policy_of_ones_own_that_wants_every_block(pipe):
+    class Greedy(Policy):
+        probe = len(pipe.transformer.blocks)
+
+    with pytest.raises(DitcacheError, match=f"{Greedy.probe} blocks"):
+        ditcache.enable_cache(pipe, Greedy())
 
 
 def test_d6_pipelines_of_one_class_are_independent(pipe, checkpoints):
@@ -109,18 +231,19 @@ def test_d6_pipelines_of_one_class_are_independent(pipe, checkpoints):
     assert (set(vars(type(pipe.transformer))), type(pipe.transformer).forward) == attributes
 
 
-def test_d7_a_second_cache_is_refused_and_settings_stay(pipe):
-    from ditcache.cache.policies.interval import Interval
-
-    policy = Interval(every=3)
-    before = copy.deepcopy(policy)
-    ditcache.enable_cache(pipe, policy)
+@pytest.mark.parametrize("policy", SKIPPING)
+def test_d7_a_second_cache_is_refused_and_settings_stay(pipe, policy):
+    with cached(pipe, policy, head=1, **SKIPPING[policy]) as cache:
+        chosen = cache.settings.policy
+    before, name = copy.deepcopy(chosen), type(chosen).__name__
+    knobs = {"cfg": SKIPPING[policy]["cfg"]} if policy == "cfg_delta" else {}
+    again = ditcache.enable_cache(pipe, chosen, head=1, **knobs)
     with pytest.raises(
-        DitcacheError, match=r"already has a cache \(Interval\); call disable_cache first"
+        DitcacheError, match=rf"already has a cache \({name}\); call disable_cache first"
     ):
         ditcache.enable_cache(pipe, "fbcache")
     generate(pipe)
-    assert policy == before
+    assert chosen == before == again.settings.policy
 
 
 def test_d8_unknown_knobs_name_the_valid_ones(pipe):

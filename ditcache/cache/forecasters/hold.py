@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ditcache.cache.forecasters.base import Forecaster
+from ditcache.cache.forecasters.base import Combination
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ditcache.cache.state import UnitState
+    from ditcache.cache.policies.base import Context
+    from ditcache.cache.state import Point
 
 
 @dataclass
-class Hold(Forecaster):
+class Hold(Combination):
     """Reuse the residual of the last computed step unchanged. One tensor per unit and branch."""
 
-    def forecast(self, state: UnitState, step: int) -> Tensor | None:
-        return state.get(state.computed[-1][1])
+    def weights(self, points: list[Point], ctx: Context) -> list[float]:
+        return [1.0]

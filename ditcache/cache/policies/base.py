@@ -25,6 +25,16 @@ class Schedule:
     head: int = 0  # steps at the start that the driver computes without asking
     tail: int = 0  # likewise at the end
     sigmas: tuple[float, ...] = ()  # noise level per step, where the scheduler tells
+    first: int = 0  # first step of this expert
+    end: int | None = None  # step after its last; None: the run's end
+    # Time embeddings of all steps, fp32 on the CPU: "e" [T, D] and "e0" [T, 6 D]; None where the
+    # transformer has none that ditcache knows.
+    embed: Callable[[], dict[str, Tensor]] | None = None
+
+    @property
+    def span(self) -> range:
+        """The steps of this expert."""
+        return range(self.first, self.num_steps if self.end is None else self.end)
 
 
 @dataclass(slots=True)
@@ -33,7 +43,8 @@ class Context:
 
     hidden [B, N, D]: the unit's input. probe_residual [B, N, D]: what the probe blocks added, if
     the policy asked for a probe. e0 [B, 6, D]: the time embedding that modulates the blocks.
-    `state` is this unit's own, fresh per generation.
+    latents [B, C, T, H, W]: the noisy channels of the transformer's input. `state` is this unit's
+    own, fresh per generation.
     """
 
     expert: str
@@ -48,6 +59,8 @@ class Context:
     encoder_hidden: Tensor | None
     e0: Tensor | None
     probe_residual: Tensor | None
+    latents: Tensor | None
+    policy: Policy
     state: UnitState
     signal: float | None = field(
         default=None
@@ -63,11 +76,26 @@ class Policy:
     per_unit: ClassVar[bool] = (
         False  # False: asked once per call, at the first unit; True: for every unit
     )
+    # True: asked for the cond branch only; at the same step uncond does the same.
+    branches_agree: ClassVar[bool] = False
 
     @property
     def probe(self) -> int:
         """How many blocks at the start always run, so that `probe_residual` can be looked at."""
         return 0
+
+    @property
+    def back(self) -> int:
+        """How many blocks at the end always run."""
+        return 0
+
+    def fitted(self, calibration: str | None) -> Policy:
+        """This policy with the constants filled in that it takes from the calibration of that name,
+        the model's own.
+
+        Raises ConfigError if it needs some and there are none.
+        """
+        return self
 
     def mask(self, schedule: Schedule) -> list[bool] | None:
         """One bool per step (True = compute) if the whole run is known in advance, else None."""
@@ -81,6 +109,9 @@ class Policy:
         """Told of what was done whenever it could have been asked, forced or not, to keep
         references up to date.
         """
+
+    def record_output(self, ctx: Context, output: Tensor) -> None:
+        """Told of the transformer's output [B, C, T, H, W] after every computed call."""
 
 
 P = TypeVar("P", bound=type[Policy])

@@ -1,0 +1,142 @@
+"""`ditcache calibrate`: a few uncached runs -> the constants policies need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ditcache.config import build
+from ditcache.pipeline.settings import SamplingSettings, check_bundle
+
+if TYPE_CHECKING:
+    from ditcache.calibrate.measure import Measured
+    from ditcache.models.base import Bundle
+    from ditcache.pipeline.callbacks import Callback
+
+
+@dataclass(kw_only=True)
+class CalibrateSettings(SamplingSettings):
+    """The keys of conf/calibrate.yaml; prompt n starts from the noise of seed + n."""
+
+    computes: list[int] | None = None
+    window: int = 9
+    probes: int | None = None
+    probe_prompts: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low in (("window", 2), ("probes", 2), ("probe_prompts", 1), ("steps", 4)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name}: must be >= {low}, got {value}")
+        self.window = min(self.window, self.steps - 1)
+        for count in self.computes or []:
+            if not self.least <= count < self.steps:
+                raise ValueError(
+                    f"computes: must be from {self.least} to {self.steps - 1}, got {count}"
+                )
+
+    @property
+    def least(self) -> int:
+        """Fewest steps a plan can compute with this window."""
+        return max(2, 1 + -(-(self.steps - 1) // self.window))
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of computed steps to plan for."""
+        return self.computes or list(range(max(4, self.least), self.steps))
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Keywords of `denoise`."""
+        names = ("steps", "guidance", "guidance_low", "shift")
+        return {name: getattr(self, name) for name in names}
+
+
+def run(cfg: DictConfig) -> None:
+    """One job."""
+    # 1) Check everything that can be checked without weights.
+    settings = build(cfg, "", CalibrateSettings)
+    settings.model.check_folder()
+
+    # 2) Load and open the run folder.
+    from ditcache.report.progress import progress
+
+    probed = min(settings.steps - 2, settings.probes or settings.steps)
+    measured_steps = len(settings.texts) * settings.steps
+    probe_steps = probed * min(settings.probe_prompts, len(settings.texts)) * settings.steps
+    with progress(measured_steps + probe_steps) as show:
+        from ditcache.calibrate.measure import measure
+        from ditcache.models.load import load_once
+        from ditcache.pipeline.render import open_picture, prepare
+        from ditcache.report.calibration import write_calibration
+        from ditcache.report.run_folder import chosen_options, open_run_folder
+
+        bundle = load_once(settings.model)
+        check_bundle(bundle, settings)
+        picture = open_picture(settings.image)
+        folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))
+
+        # 3) Uncached runs, looked at from all sides.
+        inputs = [
+            prepare(bundle, settings, text, picture, seed=settings.seed + index)
+            for index, text in enumerate(settings.texts)
+        ]
+        runs: list[Measured] = []
+        for index, one in enumerate(inputs):
+            watch = watcher(show, "measuring", index)
+            sampling, window = settings.sampling, settings.window
+            runs.append(measure(bundle, one, window=window, sampling=sampling, on_step=watch))
+
+        # 4) What an error at a step does to the result.
+        probes = probe_steps_of(runs[0].starts, settings.steps, probed)
+        gains = measure_gains(bundle, settings, inputs, runs, probes, show)
+
+    # 5) Fit, write, show.
+    write_calibration(folder, settings, bundle, chosen_options()["model"], runs, gains)
+
+
+def watcher(show: Any, what: str, index: int) -> Callback:
+    return lambda step: show(what, index, step, None)
+
+
+def probe_steps_of(starts: list[int], steps: int, count: int) -> list[int]:
+    """Steps whose effect is measured: all that may be skipped, or `count` of them, evenly, with the
+    first and the last.
+    """
+    free = [step for step in range(steps - 1) if step not in starts]
+    count = min(count, len(free))
+    return [free[round(i * (len(free) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def measure_gains(
+    bundle: Bundle,
+    settings: CalibrateSettings,
+    inputs: list[Any],
+    runs: list[Measured],
+    probes: list[int],
+    show: Any,
+) -> list[float]:
+    """[T]: mean squared error of the final latents per squared error of the guided output at a
+    step; geometric mean over prompts, interpolated in logarithms where it was not measured.
+    """
+    import numpy as np
+
+    from ditcache.calibrate.measure import damage
+    from ditcache.calibrate.plan import error_at
+
+    logs = []
+    for step in probes:
+        start = max(s for s in runs[0].starts if s <= step)
+        anchors = (step - 1, step - 2) if step - 2 >= start else (step - 1,)
+        found = []
+        for index, one in enumerate(inputs[: settings.probe_prompts]):
+            watch = watcher(show, f"probing step {step}", index)
+            reference, sampling = runs[index].latents, settings.sampling
+            error = damage(bundle, one, reference, step=step, sampling=sampling, on_step=watch)
+            local = error_at(runs[index].gram.tolist(), anchors, step, 1.0)
+            found.append(np.log(max(error, 1e-30) / max(local, 1e-30)))
+        logs.append(float(np.mean(found)))
+    return [float(g) for g in np.exp(np.interp(range(settings.steps), probes, logs))]

@@ -1,0 +1,78 @@
+"""The keys of conf/sampling.yaml, which every command that renders has. Does not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ditcache.errors import ConfigError
+from ditcache.models.base import Bundle, Model
+from ditcache.prompts import Prompts, choose_prompts
+
+
+@dataclass(kw_only=True)
+class SamplingSettings:
+    """What to render and how to sample it; `texts` are the prompts in the end."""
+
+    model: Model
+    prompts: Prompts
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    num_frames: int
+    prompt: Any = None
+    prompt_file: str | None = None
+    negative_prompt: str = ""
+    image: str | None = None
+    seed: int = 0
+    guidance_low: float | None = None
+    shift: float | None = None
+    texts: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: must be >= {low}, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed: must be < 2**63, got {self.seed}")
+        for name in ("guidance", "guidance_low", "shift"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1000:
+                raise ValueError(f"{name}: must be > 0, got {value}")
+        self.model.check_size(self.height, self.width, self.num_frames)
+        self.texts = choose_prompts(self.prompt, self.prompt_file, self.prompts)
+        if self.model.needs_image and self.image is None:
+            raise ValueError("image: this model starts from a picture; set image=<file>")
+        if not self.model.needs_image and self.image is not None:
+            raise ValueError("image: this model does not take a picture; set image=null")
+        if self.guidance <= 1 and self.negative_prompt != self.model.negative_prompt:
+            raise ValueError("negative_prompt: has no effect without guidance; set guidance > 1")
+        if self.guidance <= 1 and self.guidance_low != self.model.guidance_low:
+            raise ValueError("guidance_low: has no effect without guidance; set guidance > 1")
+
+
+def check_bundle(bundle: Bundle, settings: SamplingSettings) -> None:
+    """What only the loaded model knows: how many experts it has, how long its position tables are.
+
+    A setting that would have no effect is refused. Raises ConfigError.
+    """
+    if len(bundle.experts) == 1:
+        for name, value in (
+            ("guidance_low", settings.guidance_low),
+            ("model.boundary", settings.model.boundary),
+        ):
+            if value is not None:
+                raise ConfigError(f"{name}: this model has one expert; set {name}=null")
+    elif bundle.boundary is None:
+        raise ConfigError("model.boundary: the checkpoint does not say where its experts divide")
+    config, vae = bundle.pipe.transformer.config, bundle.pipe.vae.config
+    sizes = (
+        ("num_frames", settings.num_frames, vae.scale_factor_temporal * config.patch_size[0]),
+        ("height", settings.height, vae.scale_factor_spatial * config.patch_size[1]),
+        ("width", settings.width, vae.scale_factor_spatial * config.patch_size[2]),
+    )
+    for name, value, unit in sizes:
+        most = config.rope_max_seq_len * unit
+        if value > most:
+            raise ConfigError(f"{name}: this model's position tables end at {most}, got {value}")
