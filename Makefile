@@ -4,7 +4,7 @@ PIP_ARGS ?=# e.g. --extra-index-url https://download.pytorch.org/whl/cpu for a s
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check smoke sweep zoo eval-zoo clean
+.PHONY: help setup demo test check smoke sweep zoo eval-zoo bench calibrate clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,14 @@ zoo: setup  ## train the embedded models again (hours); resumes where it stopped
 
 eval-zoo: setup  ## measure how well the embedded model follows captions (minutes)
 	$(BIN)/python scripts/eval_zoo.py
+
+bench: setup  ## our policies, diffusers' hooks and cache-dit side by side (half an hour)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[bench]'
+	$(BIN)/python scripts/bench_policies.py
+	$(BIN)/python scripts/bench_overhead.py
+
+calibrate: setup  ## measure the embedded model's calibration again (minutes)
+	$(BIN)/ditcache calibrate model=tiny
 
 clean:  ## remove the environment and tool caches, keep outputs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

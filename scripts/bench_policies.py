@@ -1,137 +1,300 @@
-"""The README's table: what each cache costs and gains on the embedded model, in one run.
+"""Our policies, diffusers' own caches and cache-dit side by side on the embedded model, in one
+process, with the same captions, seeds and steps.
 
-    python scripts/bench_policies.py                  # twenty prompts, a few minutes on two cores
-    python scripts/bench_policies.py --seed 1 --prompts demo
+    python scripts/bench_policies.py                      # 40 held-out captions, on two idle cores
+    python scripts/bench_policies.py --limit 4 --tune 0   # a look at it: defaults only
 
-Arms take turns prompt by prompt. The first arm is the reference; two controls stand beside the
-caches: fewer steps at about the same compute, and the noise floor (initial noise moved by 1e-4).
+Every method runs as shipped, and then tuned to the same compute by its own knob on other captions.
+Two controls stand beside them: fewer steps without a cache, and the noise floor. Blocks are counted
+by the same torch hooks for everyone. Arms take turns caption by caption; the uncached run opens and
+closes each caption's round and has to come out bit-identical every time.
 """
 
 import argparse
+import json
+import sys
 import time
-from statistics import median
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from bench import cache_dit_arm, methods
+from bench.arms import Arm
+from bench.matched import LEAST, Tuner, allowed
+from bench.measure import GUIDANCE, Bench, compared
+from bench.picture import draw
+from bench.table import difference, markdown, summary
 from rich.progress import track
 
 import ditcache
 from ditcache.config import load_yaml
-from ditcache.metrics.psnr import psnr, psnr_per_frame
-from ditcache.metrics.ssim import ssim
-from ditcache.pipeline.denoise import decode_latents, denoise
-from ditcache.pipeline.inputs import Inputs, draw_inputs
-from ditcache.pipeline.text import encode_text
+from ditcache.errors import DitcacheError
+from zoo import world
 
-STEPS, GUIDANCE = 24, 4.0
-ARMS: dict[str, dict] = {
-    "`none`": {},
-    "`taylorseer`": {"policy": "taylorseer"},
-    "`taylorseer cache.policy.every=2 cache.head=6`": {
-        "policy": "taylorseer",
-        "every": 2,
-        "head": 6,
-    },
-    "`interval`": {"policy": "interval"},
-    "`fbcache`": {"policy": "fbcache"},
-    "`fbcache cache.policy.threshold=0.12`": {"policy": "fbcache", "threshold": 0.12},
-    "control: 14 steps, no cache": {"steps": 14},
-    "control: noise moved by 1e-4": {"moved": 1e-4},
-}
+STEPS, PROMPTS = 24, 40
+TARGETS = (2.0, 3.0)
+NONE = Arm("control", "none")
 
 
 def main() -> None:
+    arguments = parse()
+    started = time.perf_counter()
+    bench = Bench(ditcache.load("tiny"), STEPS)
+    prompts, tuning = captions(arguments.prompts, arguments.tune)
+    prompts = prompts[: arguments.limit]
+    report = Report(bench, prompts)
+    if tuning:
+        inputs = [bench.inputs(text, 5000 + i) for i, text in enumerate(tuning)]
+        report.tune(Tuner(bench, inputs))
+        print(f"tuned in {(time.perf_counter() - started) / 60:.1f} minutes", file=sys.stderr)
+    report.rehearse([NONE, *methods.defaults(STEPS), *methods.controls()], prompts[0])
+    report.measure()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    text = f"{report.text()}\n\nTook {(time.perf_counter() - started) / 60:.0f} minutes.\n"
+    (arguments.out / "table.md").write_text(text)
+    (arguments.out / "results.json").write_text(json.dumps(report.data(), indent=1) + "\n")
+    draw(report.rows(report.arms), arguments.out / "pareto.png")
+    bench.close()
+    print(text)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompts", default="twenty", help="an option of conf/prompts")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--prompts", default="held-out", help="held-out, or an option of conf/prompts"
+    )
+    parser.add_argument("--limit", type=int, help="only the first so many captions")
+    parser.add_argument("--tune", type=int, default=2, help="captions to tune on; 0: do not tune")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench/policies"))
     arguments = parser.parse_args()
-    bundle = ditcache.load("tiny")
-    prompts = list(load_yaml("prompts", arguments.prompts).texts)
-    run_arm(bundle, inputs_of(bundle, prompts[0], arguments.seed), ARMS["`taylorseer`"])  # warm-up
-    rows: dict[str, list[dict]] = {name: [] for name in ARMS}
-    for prompt in track(prompts, description="prompts", transient=True):
-        inputs = inputs_of(bundle, prompt, arguments.seed)
-        results = {name: run_arm(bundle, inputs, arm) for name, arm in ARMS.items()}
-        for name, result in results.items():
-            rows[name].append(compared(results["`none`"], result))
-    print(f"wan-tiny, {len(prompts)} prompts, seed {arguments.seed}, {STEPS} steps, ", end="")
-    print(f"guidance {GUIDANCE}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    print(markdown(rows))
+    if (arguments.limit is not None and arguments.limit < 1) or arguments.tune < 0:
+        parser.error("--limit must be >= 1 and --tune >= 0")
+    return arguments
 
 
-def inputs_of(bundle, prompt: str, seed: int) -> Inputs:
-    text = encode_text(bundle, prompt, negative_prompt="", guidance=GUIDANCE)
-    return draw_inputs(bundle, text, height=64, width=64, num_frames=17, seed=seed)
+def captions(option: str, tune: int) -> tuple[list[str], list[str]]:
+    """Captions to compare on, and others to tune on."""
+    held_out = drawn(20261121, PROMPTS, [])
+    texts = held_out if option == "held-out" else list(load_yaml("prompts", option).texts)
+    return texts, drawn(20261122, tune, [*held_out, *texts])
 
 
-def run_arm(bundle, inputs: Inputs, arm: dict) -> dict:
-    """One video: seconds of denoising, share of blocks computed, bytes kept, frames."""
-    knobs = {key: value for key, value in arm.items() if key not in ("policy", "steps", "moved")}
-    if "moved" in arm:
-        noise = torch.randn(inputs.latents.shape, generator=torch.Generator().manual_seed(1))
-        inputs = Inputs(inputs.latents + arm["moved"] * noise, inputs.text)
-    steps = arm.get("steps", STEPS)
-    cache = ditcache.enable_cache(bundle, arm["policy"], **knobs) if "policy" in arm else None
-    started = time.perf_counter()
-    latents = denoise(bundle, inputs, steps=steps, guidance=GUIDANCE)
-    seconds = time.perf_counter() - started
-    ditcache.disable_cache(bundle)
-    trace = cache.trace if cache else None
-    return {
-        "seconds": seconds,
-        "computed": steps / STEPS * (trace.blocks_computed / trace.blocks if trace else 1.0),
-        "bytes": cache.store.stats()["bytes_peak"] if cache else 0,
-        "frames": decode_latents(bundle, latents),
-    }
+def drawn(seed: int, count: int, taken: list[str]) -> list[str]:
+    rng, found = np.random.default_rng(seed), []
+    while len(found) < count:
+        caption = world.draw_scene(rng).caption
+        if caption not in taken:
+            found.append(caption)
+    return found
 
 
-def compared(reference: dict, result: dict) -> dict:
-    """The figures of one video against its reference; the frames are dropped."""
-    a, b = reference["frames"], result["frames"]
-    return {
-        "speedup": reference["seconds"] / result["seconds"],
-        "psnr": psnr(a, b),
-        "worst_frame": min(psnr_per_frame(a, b)),
-        "ssim": ssim(a, b),
-        **{key: result[key] for key in ("seconds", "computed", "bytes")},
-    }
+class Report:
+    """Collects arms, their videos' figures, and what could not run."""
 
+    def __init__(self, bench: Bench, prompts: list[str]):
+        self.bench, self.prompts = bench, prompts
+        self.arms: list[Arm] = []
+        self.shipped: list[Arm] = []
+        self.matched: dict[tuple[float, str], list[Arm]] = {}
+        self.skipped: dict[str, str] = {}
+        self.unreached: dict[tuple[float, str], list[str]] = {}
+        self.kept: dict[str, int | None] = {}
+        self.videos: dict[str, list[dict[str, float]]] = {}
+        self.tuning: list[dict[str, Any]] = []
 
-def markdown(rows: dict[str, list[dict]]) -> str:
-    lines = [
-        "| `cache=` | denoising | speed-up | of possible | blocks | PSNR (95 % CI) | worst video "
-        "| worst frame | SSIM | kept |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, results in rows.items():
-        column = {key: [result[key] for result in results] for key in results[0]}
-        speedup, computed = median(column["speedup"]), float(np.mean(column["computed"]))
-        cells = [
-            name,
-            f"{median(column['seconds']):.2f} s",
-            f"{speedup:.2f}x",
-            f"{100 * speedup * computed:.0f} %",
-            f"{100 * computed:.0f} %",
+    def tune(self, tuner: Tuner) -> None:
+        """Every method at every target: equal blocks first, then equal steps where that differs."""
+        known = [m for m in methods.methods(STEPS) if present(m.who)]
+        rounds = [(t, u, m) for u in ("blocks", "steps") for t in TARGETS for m in known]
+        for target, unit, method in track(rounds, description="tuning", transient=True):
+            found = self.matched.setdefault((target, unit), [])
+            if unit == "blocks":
+                arm = tuner.best(method, target, unit)
+            else:
+                arm = self.arm_of(method, target)
+                if method.probe:
+                    arm = tuner.best(only(method, arm), target, unit)
+            if arm is not None:
+                found.append(arm)
+            else:
+                name = f"{method.who} {method.name}"
+                self.unreached.setdefault((target, unit), []).append(name)
+        self.tuning, self.skipped = tuner.log, dict(tuner.refused)
+
+    def arm_of(self, method: methods.Method, target: float) -> Arm | None:
+        """What represents the method at equal blocks; without a probe equal steps are the same."""
+        return next(
+            (
+                arm
+                for arm in self.matched[target, "blocks"]
+                if (arm.who, arm.method) == (method.who, method.name)
+            ),
+            None,
+        )
+
+    def rehearse(self, arms: list[Arm], prompt: str) -> None:
+        """Run everything once: warms up, shows what cannot run, looks at the kept state."""
+        inputs = self.bench.inputs(prompt, 1000)
+        uncached = self.bench.run(NONE, inputs).latents
+        for arm in filter(lambda arm: present(arm.who), methods.exact(STEPS)):
+            if not torch.equal(self.bench.run(arm, inputs).latents, uncached):
+                sys.exit(f"bench_policies: {arm.who} changes the result though it skips nothing")
+        tuned = [arm for found in self.matched.values() for arm in found]
+        for arm in track([*arms, *tuned], description="rehearsal", transient=True):
+            if arm.key in self.kept or not present(arm.who):
+                continue
+            try:
+                self.kept[arm.key] = self.bench.run(arm, inputs, watch=True).kept
+            except DitcacheError as error:
+                self.skipped[arm.name] = str(error)
+                continue
+            self.arms.append(arm)
+            self.videos[arm.key] = []
+        self.shipped = [arm for arm in self.arms if arm in arms]
+
+    def measure(self) -> None:
+        """Arms in turns, another one first for every caption."""
+        first = None
+        rounds = track(self.prompts, description="captions", transient=True)
+        for number, prompt in enumerate(rounds):
+            inputs = self.bench.inputs(prompt, 1000 + number)
+            before = self.bench.run(NONE, inputs)
+            turn = number * 7 % len(self.arms)
+            order = [arm for arm in self.arms[turn:] + self.arms[:turn] if arm != NONE]
+            videos = {arm.key: self.bench.run(arm, inputs) for arm in order}
+            videos[NONE.key] = after = self.bench.run(NONE, inputs)
+            if not torch.equal(before.latents, after.latents):
+                sys.exit("bench_policies: the uncached result has changed; an arm left traces")
+            after.seconds = (before.seconds + after.seconds) / 2
+            reference = self.bench.frames(before)
+            for key, video in videos.items():
+                figures = compared(reference, self.bench.frames(video))
+                figures |= {"seconds": video.seconds, "blocks": video.blocks, "steps": video.steps}
+                figures["speedup"] = after.seconds / video.seconds
+                self.videos[key].append(figures)
+            first = first or (inputs, before)
+        assert first is not None
+        if not torch.equal(self.bench.run(NONE, first[0]).latents, first[1].latents):
+            sys.exit("bench_policies: the first uncached result does not come out again")
+
+    def rows(self, arms: list[Arm]) -> list[tuple[Arm, dict[str, Any]]]:
+        every = self.bench.all_blocks
+        return [
+            (arm, summary(self.videos[arm.key], every, self.kept[arm.key]))
+            for arm in arms
+            if arm.key in self.videos
         ]
-        if name == "`none`":
-            cells += ["", "", "", "", "0"]
-        else:
-            low, high = interval(column["psnr"])
-            cells += [f"{np.mean(column['psnr']):.1f} ({low:.1f}-{high:.1f}) dB"]
-            cells += [f"{min(column['psnr']):.1f} dB", f"{min(column['worst_frame']):.1f} dB"]
-            kept = max(column["bytes"]) // 1024
-            cells += [f"{np.mean(column['ssim']):.4f}", f"{kept} KiB" if kept else "0"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+
+    def text(self) -> str:
+        parts = [
+            f"wan-tiny, {len(self.prompts)} captions, {STEPS} steps, guidance {GUIDANCE}, "
+            f"{', '.join(f'{k} {v}' for k, v in versions().items())}, "
+            f"{torch.get_num_threads()} threads. With threshold 0 every library gave the uncached "
+            "latents bit for bit; after every caption and at the end the uncached video was "
+            "bit-identical to the first.",
+            f"## As shipped\n\n{markdown(self.rows(self.shipped))}",
+        ]
+        parts += [self.section(target, unit) for target, unit in self.matched]
+        if self.skipped:
+            lines = [f"- `{name}`: {reason}" for name, reason in self.skipped.items()]
+            parts.append("## Not run\n\n" + "\n".join(lines))
+        return "\n\n".join(parts)
+
+    def section(self, target: float, unit: str) -> str:
+        """One target: every method's best setting, best first; those over the budget last."""
+        rows = self.rows(self.matched[target, unit])
+        over = {arm.key for arm, row in rows if not allowed(self.ratio(row, unit), target)}
+        rows.sort(key=lambda pair: (pair[0].key in over, -pair[1]["psnr"]))
+        rows += [pair for pair in self.rows(methods.controls()) if is_control(pair[1], target)]
+        title = (
+            f"## {target:.1f}x less blocks"
+            if unit == "blocks"
+            else (f"## {STEPS / target:.0f} of {STEPS} steps computed")
+        )
+        notes = [markdown(rows, over), *self.leads(rows, over)]
+        if over:
+            notes.append(f"† came out below {LEAST:.0%} of the target on these captions.")
+        if names := self.unreached.get((target, unit)):
+            notes.append(f"Cannot get there: {', '.join(names)}.")
+        return "\n\n".join([title, *notes])
+
+    def ratio(self, row: dict[str, Any], unit: str) -> float:
+        return row["compute"] if unit == "blocks" else STEPS / max(row["steps"], 1.0)
+
+    def leads(self, rows: list[tuple[Arm, dict[str, Any]]], over: set[str]) -> list[str]:
+        """Our best against each peer's best, paired by caption."""
+        best: dict[str, Arm] = {}
+        for arm, _ in rows:
+            if arm.key not in over:
+                best.setdefault(arm.who, arm)
+        lines = []
+        for who in ("diffusers", "cache-dit", "control"):
+            if "ditcache" in best and who in best:
+                scores = [[v["psnr"] for v in self.videos[best[w].key]] for w in ("ditcache", who)]
+                mean, low, high = difference(*scores)
+                lines.append(
+                    f"- `{best['ditcache'].name}` over {who}'s `{best[who].name}`: "
+                    f"{mean:+.1f} dB ({low:+.1f} to {high:+.1f}), paired by caption"
+                )
+        return ["\n".join(lines)] if lines else []
+
+    def data(self) -> dict[str, Any]:
+        rows = self.rows(self.arms)
+        return {
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "steps": STEPS,
+            "guidance": GUIDANCE,
+            "captions": self.prompts,
+            "arms": [
+                {
+                    "who": arm.who,
+                    "method": arm.method,
+                    "settings": arm.settings,
+                    "name": arm.name,
+                    "summary": row,
+                    "videos": self.videos[arm.key],
+                }
+                for arm, row in rows
+            ],
+            "matched": [
+                {"target": target, "unit": unit, "arms": [arm.key for arm in arms]}
+                for (target, unit), arms in self.matched.items()
+            ],
+            "tuning": self.tuning,
+            "not_run": self.skipped,
+        }
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Bootstrap 95 % confidence interval of the mean over prompts."""
-    rng = np.random.default_rng(0)
-    means = rng.choice(values, (10_000, len(values))).mean(1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+def only(method: methods.Method, arm: Arm | None) -> methods.Method:
+    """The method with no other open setting than this arm's, if there is one."""
+    if arm is None or not method.open:
+        return method
+    settings = {key: value for key, value in arm.settings.items() if key != method.knob}
+    return replace(method, open=[settings])
+
+
+def is_control(row: dict[str, Any], target: float) -> bool:
+    return abs(row["compute"] / target - 1) < 0.01
+
+
+def present(who: str) -> bool:
+    return who != "cache-dit" or cache_dit_arm.is_there()
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "diffusers", "cache-dit"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found
 
 
 if __name__ == "__main__":

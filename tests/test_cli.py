@@ -169,7 +169,7 @@ MISTAKES = {
         "generate",
         "cache=interval",
         "cache.granularity=blocks",
-    ): "cache.granularity: must be 'stack', 'per_block' or a group size",
+    ): "cache.granularity: must be 'stack', 'per_block', 'output' or a group size",
     ("generate", "cache=interval", "cache.granularity=99"): "1 to 8, got 99",
     (
         "generate",
