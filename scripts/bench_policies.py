@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
         "--prompts", default="held-out", help="held-out, or an option of conf/prompts"
     )
     parser.add_argument("--limit", type=int, help="only the first so many captions")
-    parser.add_argument("--tune", type=int, default=2, help="captions to tune on; 0: do not tune")
+    parser.add_argument("--tune", type=int, default=6, help="captions to tune on; 0: do not tune")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/policies"))
     arguments = parser.parse_args()
     if (arguments.limit is not None and arguments.limit < 1) or arguments.tune < 0:
@@ -171,9 +171,9 @@ class Report:
             if not torch.equal(before.latents, after.latents):
                 sys.exit("bench_policies: the uncached result has changed; an arm left traces")
             after.seconds = (before.seconds + after.seconds) / 2
-            reference = self.bench.frames(before)
-            for key, video in videos.items():
-                figures = compared(reference, self.bench.frames(video))
+            reference, *decoded = self.bench.frames([before, *videos.values()])
+            for (key, video), frames in zip(videos.items(), decoded, strict=True):
+                figures = compared(reference, frames)
                 figures |= {"seconds": video.seconds, "blocks": video.blocks, "steps": video.steps}
                 figures["speedup"] = after.seconds / video.seconds
                 self.videos[key].append(figures)

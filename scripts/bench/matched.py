@@ -1,18 +1,20 @@
 """Tunes every method to the same compute, on prompts that the comparison does not use.
 
 Ratio: what the uncached run computes over what the arm computes, in blocks or in whole steps. For a
-target every setting is brought as near to it as it gets, never further below than `LEAST` of it;
-of a method's settings the one with the best mean PSNR on the tuning prompts represents it.
+target every setting is brought as near to it as it gets, never further below than `LEAST` of it, on
+the first `FEW` tuning prompts. The `FINALISTS` with the best mean PSNR there meet on all of them,
+and the best one represents the method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from bench.arms import Arm
-from bench.measure import Bench, Video, finite
+from bench.measure import Bench, finite
 from bench.methods import Method
 
 from ditcache.errors import DitcacheError
@@ -23,6 +25,7 @@ LEAST = 0.97  # of the target, to two digits: at most 3 % more compute
 RANGE = (0.003, 4.0)  # of thresholds
 FIRST = (0.06, 0.25)  # those looked at before any search
 TURNS = 4  # more of them per target
+FEW, FINALISTS = 2, 4
 CLOSE = 0.015  # near enough to stop
 
 Ratios = dict[str, float]  # "blocks" and "steps"
@@ -64,15 +67,24 @@ def between(low: float, high: float, known: dict[float, float], target: float) -
     return float(f"{low * (high / low) ** min(max(share, 0.2), 0.8):.4g}")
 
 
+@dataclass
+class Seen:
+    """An arm's figures on the first so many tuning prompts."""
+
+    psnr: list[float] = field(default_factory=list)
+    blocks: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+
+
 class Tuner:
     """Ratios and quality of arms on the tuning prompts, each measured once."""
 
     def __init__(self, bench: Bench, inputs: list[Inputs]):
         self.bench, self.inputs = bench, inputs
         none = Arm("control", "none")
-        self.references = [bench.frames(bench.run(none, one)) for one in inputs]
+        self.references = bench.frames([bench.run(none, one) for one in inputs])
         self.known_ratios: dict[str, Ratios] = {}
-        self.known_quality: dict[str, float] = {}
+        self.seen: dict[str, Seen] = {}
         self.thresholds: dict[str, dict[float, float]] = {}  # ratios by threshold, per setting
         self.log: list[dict[str, Any]] = []
         self.refused: dict[str, str] = {}
@@ -83,11 +95,14 @@ class Tuner:
         for settings in method.open:
             contenders += self.turned(method, settings, target, unit)
         contenders += self.among(method, target, unit)
-        rows = [row for arm in contenders if (row := self.row(method, arm, target, unit))]
-        self.log += rows
-        if not rows:
-            return None
-        return method.arm(max(rows, key=lambda row: row["psnr"])["settings"])
+        rows: list[dict[str, Any]] = []
+        for count, most in ((FEW, len(contenders)), (len(self.inputs), FINALISTS)):
+            rows.sort(key=lambda row: -row["psnr"])
+            arms = [method.arm(row["settings"]) for row in rows[:most]] or contenders
+            rows = [row for arm in arms if (row := self.row(arm, target, unit, count))]
+            self.log += rows
+        rows.sort(key=lambda row: (allowed(row[f"{unit}_ratio"], target), row["psnr"]))
+        return method.arm(rows[-1]["settings"]) if rows else None
 
     def turned(self, method: Method, settings: dict, target: float, unit: str) -> list[Arm]:
         """One open setting with its knob turned to the target."""
@@ -126,42 +141,44 @@ class Tuner:
             count = method.computed(arm.settings)
             blocks = count * num_blocks + (steps - count) * method.probe
             return {"blocks": steps * num_blocks / blocks, "steps": steps / count}
-        prompts = self.inputs[:1] if method.alike else self.inputs
-        self.known_ratios[arm.key] = self.ratios_of([self.bench.run(arm, one) for one in prompts])
+        prompts = self.inputs[: 1 if method.alike else FEW]
+        videos = [self.bench.run(arm, one) for one in prompts]
+        self.known_ratios[arm.key] = self.ratios_of(
+            [video.blocks for video in videos], [video.steps for video in videos]
+        )
         return self.known_ratios[arm.key]
 
-    def ratios_of(self, videos: list[Video]) -> Ratios:
-        blocks = float(np.mean([video.blocks for video in videos]))
-        steps = float(np.mean([video.steps for video in videos]))
+    def ratios_of(self, blocks: list[float], steps: list[float]) -> Ratios:
         return {
-            "blocks": self.bench.all_blocks / blocks,
-            "steps": self.bench.num_steps / max(1.0, steps),
+            "blocks": self.bench.all_blocks / float(np.mean(blocks)),
+            "steps": self.bench.num_steps / max(1.0, float(np.mean(steps))),
         }
 
-    def quality(self, arm: Arm) -> float:
-        """Mean PSNR; what it takes the ratios from is measured along with it."""
-        if arm.key not in self.known_quality:
-            videos = [self.bench.run(arm, one) for one in self.inputs]
-            scores = [
-                finite(psnr(reference, self.bench.frames(video)))
-                for reference, video in zip(self.references, videos, strict=True)
-            ]
-            self.known_quality[arm.key] = float(np.mean(scores))
-            self.known_ratios[arm.key] = self.ratios_of(videos)
-        return self.known_quality[arm.key]
+    def look(self, arm: Arm, count: int) -> Seen:
+        """Quality on the first `count` prompts, and the ratios that came with it."""
+        seen = self.seen.setdefault(arm.key, Seen())
+        new = range(len(seen.psnr), min(count, len(self.inputs)))
+        videos = [self.bench.run(arm, self.inputs[i]) for i in new]
+        for i, video, frames in zip(new, videos, self.bench.frames(videos), strict=True):
+            seen.psnr.append(finite(psnr(self.references[i], frames)))
+            seen.blocks.append(video.blocks)
+            seen.steps.append(video.steps)
+        return seen
 
-    def row(self, method: Method, arm: Arm, target: float, unit: str) -> dict[str, Any] | None:
+    def row(self, arm: Arm, target: float, unit: str, count: int) -> dict[str, Any] | None:
         try:
-            quality = self.quality(arm)
+            seen = self.look(arm, count)
         except DitcacheError as error:
             self.refused[arm.name] = str(error)
             return None
+        ratios = self.ratios_of(seen.blocks, seen.steps)
         return {
             "who": arm.who,
-            "method": method.name,
+            "method": arm.method,
             "settings": arm.settings,
             "target": target,
             "unit": unit,
-            **{f"{key}_ratio": value for key, value in self.known_ratios[arm.key].items()},
-            "psnr": quality,
+            "captions": len(seen.psnr),
+            **{f"{key}_ratio": value for key, value in ratios.items()},
+            "psnr": float(np.mean(seen.psnr)),
         }

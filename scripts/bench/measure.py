@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ditcache.metrics.psnr import psnr, psnr_per_frame
 from ditcache.metrics.ssim import ssim
-from ditcache.pipeline.denoise import decode_latents, denoise
+from ditcache.pipeline.denoise import denoise
 from ditcache.pipeline.inputs import Inputs, draw_inputs
 from ditcache.pipeline.text import encode_text
 
 GUIDANCE, BRANCHES = 4.0, 2
 IDENTICAL = 100.0
+TOGETHER = 4
 
 
 @dataclass
@@ -78,8 +79,22 @@ class Bench:
             full = self.counter.full / BRANCHES
             return Video(latents, seconds, self.counter.blocks, full, max(known, default=None))
 
-    def frames(self, video: Video) -> np.ndarray:
-        return decode_latents(self.bundle, video.latents)
+    @torch.no_grad()
+    def frames(self, videos: list[Video]) -> list[np.ndarray]:
+        """Float frames [T, H, W, 3] in 0..1 of every video; decoded a few at a time, which on two
+        cores is twice as fast as one by one.
+        """
+        vae, processor = self.bundle.pipe.vae, self.bundle.pipe.video_processor
+        mean, spread = (
+            torch.tensor(values).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        found: list[np.ndarray] = []
+        for start in range(0, len(videos), TOGETHER):
+            latents = torch.cat([video.latents for video in videos[start : start + TOGETHER]])
+            decoded = vae.decode(latents * spread + mean, return_dict=False)[0]
+            found += list(processor.postprocess_video(decoded, output_type="np"))
+        return found
 
     def close(self) -> None:
         self.counter.remove()

@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 import ditcache
-from ditcache.cli import conf_dir
 from ditcache.pipeline.denoise import decode_latents, denoise
 from ditcache.pipeline.inputs import draw_inputs
 from ditcache.pipeline.text import encode_text
@@ -118,10 +117,6 @@ def test_callbacks_see_every_step_and_may_edit_latents(bundle):
 
 FULL = {"interval": {"every": 1}, "taylorseer": {"every": 1}, "fbcache": {"threshold": 0.0}}
 MODELS = ["wan", "wan2.2_t2v", "wan2.2_i2v", "wan2.1_i2v_480p", "chronoedit"]
-
-
-def test_every_policy_is_listed_here():
-    assert {p.stem for p in (conf_dir() / "cache").glob("*.yaml")} == {*FULL, "none"}
 
 
 @pytest.mark.parametrize("policy", FULL)

@@ -18,6 +18,7 @@ from bench.arms import Arm
 from bench.measure import Bench, compared
 
 from ditcache.errors import ConfigError
+from ditcache.pipeline.denoise import decode_latents
 
 STEPS = 6
 NONE = Arm("control", "none")
@@ -118,6 +119,13 @@ def test_thirds_of_blocks_are_counted(bench, inputs):
     only_ffn = {**PEERS["taylorseer thirds"].settings, "cache_identifiers": [r"blocks\.\d+\.ffn"]}
     video = bench.run(Arm("diffusers", "", only_ffn), inputs)
     assert thirds.blocks < video.blocks < bench.all_blocks and video.steps == thirds.steps
+
+
+def test_frames_are_the_packages(bench, bundle, inputs):
+    video = bench.run(NONE, inputs)
+    frames = bench.frames([video] * 5)
+    expected = decode_latents(bundle, video.latents)
+    assert all(np.abs(one - expected).max() < 1e-4 for one in frames) and len(frames) == 5
 
 
 def test_fewer_steps_and_moved_noise_are_controls(bench, inputs, uncached):
