@@ -20,6 +20,8 @@ from bench.measure import Bench, compared
 from ditcache.errors import ConfigError
 from ditcache.pipeline.denoise import decode_latents
 
+pytestmark = pytest.mark.slow  # pytest -m slow tests/scripts/test_bench.py
+
 STEPS = 6
 NONE = Arm("control", "none")
 RATIOS = [1.0, *[0.99] * (STEPS - 1)]
