@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
         "--prompts", default="held-out", help="held-out, or an option of conf/prompts"
     )
     parser.add_argument("--limit", type=int, help="only the first so many captions")
-    parser.add_argument("--tune", type=int, default=6, help="captions to tune on; 0: do not tune")
+    parser.add_argument("--tune", type=int, default=5, help="captions to tune on; 0: do not tune")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/policies"))
     arguments = parser.parse_args()
     if (arguments.limit is not None and arguments.limit < 1) or arguments.tune < 0:

@@ -25,7 +25,7 @@ LEAST = 0.97  # of the target, to two digits: at most 3 % more compute
 RANGE = (0.003, 4.0)  # of thresholds
 FIRST = (0.06, 0.25)  # those looked at before any search
 TURNS = 4  # more of them per target
-FEW, FINALISTS = 2, 4
+FEW, FINALISTS = 2, 3
 CLOSE = 0.015  # near enough to stop
 
 Ratios = dict[str, float]  # "blocks" and "steps"
