@@ -5,11 +5,13 @@ methods meet at equal compute.
 import json
 import math
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import bench_gpu
 import bench_overhead
 import bench_policies
+import bench_static
 import numpy as np
 import pytest
 import torch
@@ -19,8 +21,6 @@ from bench.measure import Bench, compared
 
 from ditcache.errors import ConfigError
 from ditcache.pipeline.denoise import decode_latents
-
-pytestmark = pytest.mark.slow  # pytest -m slow tests/scripts/test_bench.py
 
 STEPS = 6
 NONE = Arm("control", "none")
@@ -296,6 +296,37 @@ def test_policies_end_to_end(bundle, tmp_path, monkeypatch, capsys):
     assert results["tuning"] and len(results["captions"]) == 1
     assert (tmp_path / "pareto.png").stat().st_size > 5000
     assert (tmp_path / "table.md").read_text().strip() == text.strip()
+
+
+def test_static_policies_meet_at_equal_steps(bundle, monkeypatch, capsys):
+    planned = methods.Method(
+        "ditcache",
+        "planned",
+        ready=[{"policy": "planned", "compute": count} for count in (7, 8)],
+        computed=lambda settings: settings["compute"],
+        alike=True,
+    )
+    poor = [{"policy": "interval", "head": 1, "every": every} for every in (3, 4, 5)]
+    interval = methods.Method(
+        "ditcache",
+        "interval",
+        ready=poor,
+        computed=lambda settings: methods.interval_steps(settings, 24),
+        alike=True,
+    )
+    both = [planned, interval]
+    monkeypatch.setattr("ditcache.load", lambda name: bundle)
+    monkeypatch.setattr(methods, "ours", lambda steps: both)
+    monkeypatch.setattr(
+        "sys.argv", ["bench_static.py", "--budgets", "7", "--limit", "1", "--tune", "1"]
+    )
+    bench_static.main()
+    text = capsys.readouterr().out
+    assert "| 7 |" in text and "`interval head=1 every=4`" in text
+    both[0] = replace(interval, name="planned", ready=poor)
+    both[1] = replace(planned, name="other")
+    with pytest.raises(SystemExit, match=r"not the best at \[7\]"):
+        bench_static.main()
 
 
 def test_held_out_captions_are_not_tuned_on():
