@@ -47,6 +47,10 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
             flags += read_flag(argument, rest)
         elif argument.startswith("cache._target_="):  # short for a policy class of one's own
             overrides += ["cache=custom", argument.replace("cache.", "cache.policy.", 1)]
+        elif argument.startswith("cache.low="):  # short for an option of its own
+            overrides.append(f"+cache@{argument}")
+        elif argument.startswith("cache.low."):  # says only what differs
+            overrides.append(f"++{argument}")
         elif OVERRIDE.match(argument):
             overrides.append(quoted_override(argument))
         elif DELETION.match(argument):

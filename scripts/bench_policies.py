@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
         "--prompts", default="held-out", help="held-out, or an option of conf/prompts"
     )
     parser.add_argument("--limit", type=int, help="only the first so many captions")
-    parser.add_argument("--tune", type=int, default=5, help="captions to tune on; 0: do not tune")
+    parser.add_argument("--tune", type=int, default=6, help="captions to tune on; 0: do not tune")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/policies"))
     arguments = parser.parse_args()
     if (arguments.limit is not None and arguments.limit < 1) or arguments.tune < 0:
@@ -114,28 +114,21 @@ class Report:
         for target, unit, method in track(rounds, description="tuning", transient=True):
             found = self.matched.setdefault((target, unit), [])
             if unit == "blocks":
-                arm = tuner.best(method, target, unit)
-            else:
-                arm = self.arm_of(method, target)
+                arms = tuner.best(method, target, unit)
+            else:  # without a probe equal steps are equal blocks
+                arms = self.arms_of(method, target)
                 if method.probe:
-                    arm = tuner.best(only(method, arm), target, unit)
-            if arm is not None:
-                found.append(arm)
-            else:
+                    arms = tuner.best(only(method, arms), target, unit)
+            found += arms
+            if not arms:
                 name = f"{method.who} {method.name}"
                 self.unreached.setdefault((target, unit), []).append(name)
         self.tuning, self.skipped = tuner.log, dict(tuner.refused)
 
-    def arm_of(self, method: methods.Method, target: float) -> Arm | None:
-        """What represents the method at equal blocks; without a probe equal steps are the same."""
-        return next(
-            (
-                arm
-                for arm in self.matched[target, "blocks"]
-                if (arm.who, arm.method) == (method.who, method.name)
-            ),
-            None,
-        )
+    def arms_of(self, method: methods.Method, target: float) -> list[Arm]:
+        """What stands for the method at equal blocks."""
+        found = self.matched[target, "blocks"]
+        return [arm for arm in found if (arm.who, arm.method) == (method.who, method.name)]
 
     def rehearse(self, arms: list[Arm], prompt: str) -> None:
         """Run everything once: warms up, shows what cannot run, looks at the kept state."""
@@ -210,6 +203,7 @@ class Report:
         rows = self.rows(self.matched[target, unit])
         over = {arm.key for arm, row in rows if not allowed(self.ratio(row, unit), target)}
         rows.sort(key=lambda pair: (pair[0].key in over, -pair[1]["psnr"]))
+        rows = first_of_each(rows)
         rows += [pair for pair in self.rows(methods.controls()) if is_control(pair[1], target)]
         title = (
             f"## {target:.1f}x less blocks"
@@ -271,12 +265,20 @@ class Report:
         }
 
 
-def only(method: methods.Method, arm: Arm | None) -> methods.Method:
-    """The method with no other open setting than this arm's, if there is one."""
-    if arm is None or not method.open:
+def only(method: methods.Method, arms: list[Arm]) -> methods.Method:
+    """The method with no other open settings than these arms', if there are any."""
+    if not arms or not method.open:
         return method
-    settings = {key: value for key, value in arm.settings.items() if key != method.knob}
-    return replace(method, open=[settings])
+    settings = [{k: v for k, v in arm.settings.items() if k != method.knob} for arm in arms]
+    return replace(method, open=settings)
+
+
+def first_of_each(rows: list[tuple[Arm, dict[str, Any]]]) -> list[tuple[Arm, dict[str, Any]]]:
+    """The first row of every method."""
+    first: dict[tuple[str, str], tuple[Arm, dict[str, Any]]] = {}
+    for arm, row in rows:
+        first.setdefault((arm.who, arm.method), (arm, row))
+    return list(first.values())
 
 
 def is_control(row: dict[str, Any], target: float) -> bool:

@@ -56,8 +56,7 @@ def chosen(tuner: Tuner, budget: int) -> list[Arm]:
     """Every static policy's best setting that computes `budget` steps."""
     static = [m for m in methods.ours(STEPS) if m.alike and m.name != "with cfg_delta"]
     rounds = track(static, description=f"tuning, {budget} steps", transient=True)
-    best = [tuner.best(method, STEPS / budget, "steps") for method in rounds]
-    return [arm for arm in best if arm is not None]
+    return [arm for method in rounds for arm in tuner.best(method, STEPS / budget, "steps")]
 
 
 def measured(
@@ -80,7 +79,7 @@ def shown(budget: int, arms: list[Arm], scores: dict[str, list[tuple[float, floa
     exact = [arm for arm in arms if {steps for steps, _ in scores[arm.key]} == {float(budget)}]
     psnr = {arm.key: [value for _, value in scores[arm.key]] for arm in exact}
     exact.sort(key=lambda arm: -float(np.mean(psnr[arm.key])))
-    planned = next(arm for arm in exact if arm.method == "planned")
+    planned = next(arm for arm in exact if arm.method == "planned")  # it has one setting
     rival = next((arm for arm in exact if arm.method != "planned"), None)
     if rival is None:
         print(f"| {budget} | {np.mean(psnr[planned.key]):.1f} dB | no other computes exactly | |")

@@ -60,7 +60,7 @@ def test_there_are_yamls_and_each_group_is_known():
 def test_every_option_composes_and_builds(name):
     group, _, option = name.rpartition("/")
     chosen = [*BESIDE.get(name, BESIDE.get(group, [])), f"{group}={option}"]
-    if "i2v" in option or option == "chronoedit":
+    if "_i2v" in option or option in ("chronoedit", "wan2.2_ti2v_image"):
         chosen.append(f"image={Path(__file__)}")
     settings = build(composed(*chosen), "", GenerateSettings)
     assert isinstance(build(composed(*chosen), group.replace("/", "."), BASES[group]), BASES[group])

@@ -1,47 +1,53 @@
 """Puts a step cache on a transformer, a diffusers pipeline or a bundle, and takes it off again.
 
-The block list is replaced on the instance by one that yields units. A stateful diffusers hook on
-that list learns step and branch from `cache_context`; torch's own forward hooks on the transformer
-mark the beginning and end of each forward. `transformer.forward` itself is left alone, because
-offload hooks of accelerate and diffusers wrap and restore it. Classes are never touched.
+Block lists are replaced on the instance by ones that yield units. Classes are never touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-import torch
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import BaseState, StateManager
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.hooks import CacheContext
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ditcache.cache.cfg.delta import CfgDelta
-from ditcache.cache.driver import Call, Driver, Run
+from ditcache.cache.driver import Driver, Run
 from ditcache.cache.forecasters.base import Forecaster
+from ditcache.cache.hooks import ContextHook, ForwardHooks
 from ditcache.cache.policies.base import Policy, Schedule
 from ditcache.cache.schedule import calibration_of, schedule_reader
-from ditcache.cache.settings import CacheSettings, read_settings
+from ditcache.cache.settings import LOW, CacheSettings, read_settings
 from ditcache.cache.trace import Trace
 from ditcache.cache.units import UnitList, partition
-from ditcache.errors import DitcacheError
-from ditcache.models.base import block_list_name, transformers_of
+from ditcache.cache.where import Finder
+from ditcache.errors import ConfigError, DitcacheError, one_of
+from ditcache.models.base import Blocks, layout_of, transformers_of
 from ditcache.store.base import Store
 from ditcache.store.device import DeviceStore
 
 HOOK = "ditcache_step_cache"
 
 
+@dataclass
 class StepCache:
     """The step cache of one pipeline: one driver per expert, one run over all of them."""
 
-    def __init__(
-        self, settings: CacheSettings, store: Store, schedule_of: Callable[[str, int], Schedule]
-    ):
-        self.settings, self.store, self.schedule_of = settings, store, schedule_of
-        self.run = Run(store)
-        self.experts: dict[str, nn.Module] = {}
+    settings: CacheSettings
+    store: Store
+    schedule_of: Callable[[str, int], Schedule]
+    finder: Finder
+    experts: dict[str, nn.Module] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
+    contexts: list[ContextHook] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.run = Run(self.store)
 
     @property
     def trace(self) -> Trace:
@@ -59,74 +65,30 @@ class StepCache:
             "store": self.store.stats(),
         }
 
-    def attach(self) -> None:
-        for name, transformer in self.experts.items():
-            attach_expert(name, transformer, self)
+    @contextmanager
+    def at(
+        self, branch: str, step_index: int, num_inference_steps: int, sigma: float | None = None
+    ) -> Iterator[None]:
+        """For a denoising loop of one's own around a model without diffusers' `cache_context`: says
+        which branch and step the forwards inside are.
+        """
+        where = CacheContext(branch, step_index, num_inference_steps, sigma=sigma)
+        try:
+            for hook in self.contexts:
+                hook.contexts.set_context(where)
+            yield
+        finally:
+            for hook in self.contexts:
+                hook.contexts.set_context(None)
 
     def detach(self) -> None:
+        """Take it off and free what it keeps."""
         self.run.end()
+        for handle in self.handles:
+            handle.remove()
         for transformer in self.experts.values():
-            detach_expert(transformer)
-
-
-class ContextHook(ModelHook):
-    """Receives diffusers' cache context, and word that a run has ended. Sits on the block list."""
-
-    _is_stateful = True
-
-    def __init__(self, run: Run):
-        super().__init__()
-        self.run, self.contexts = run, StateManager(BaseState)
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """diffusers pipelines call this at the end of a run."""
-        self.run.end()
-        return module
-
-
-class ForwardHooks:
-    """Torch hooks that tell the driver when the expert's forward begins and ends."""
-
-    def __init__(self, cache: StepCache, driver: Driver, context: ContextHook):
-        self.cache, self.driver, self.context = cache, driver, context
-
-    def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
-            raise DitcacheError("step cache: gradient checkpointing would recompute skipped blocks")
-        try:
-            context = self.context.contexts.context
-        except ValueError:  # none is set
-            context = None
-        if context is None or context.step_index is None or context.num_inference_steps is None:
-            raise DitcacheError(
-                "step cache: the pipeline does not say which step and branch this forward is; call "
-                "the transformer inside `transformer.cache_context('cond', step_index=..., "
-                "num_inference_steps=...)`"
-            )
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-        latents = kwargs.get("hidden_states", args[0] if args else None)
-        channels = getattr(getattr(module, "config", None), "out_channels", None)
-        if latents is not None and channels is not None:
-            latents = latents[:, :channels]  # the noisy ones; conditioning stands behind them
-        call = Call(
-            context.name,
-            context.step_index,
-            context.num_inference_steps,
-            context.sigma,
-            timestep,
-            latents,
-        )
-        self.driver.begin_call(call, self.cache.schedule_of)
-
-    def end(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """Returns another output where the driver puts one in place of the transformer's."""
-        sample = output if output is None or isinstance(output, torch.Tensor) else output[0]
-        instead = self.driver.end_call(sample)
-        if instead is None:
-            return None
-        if isinstance(output, tuple):
-            return (instead, *output[1:])
-        return instead if isinstance(output, torch.Tensor) else type(output)(sample=instead)
+            for name, units in unit_lists(transformer).items():
+                replace_blocks(transformer, name, units.original)
 
 
 def enable_cache(
@@ -136,43 +98,69 @@ def enable_cache(
     granularity: int | str | None = None,
     store: Store | None = None,
     cfg: str | CfgDelta | None = None,
+    low: dict[str, Any] | None = None,
+    blocks: str | None = None,
     **knobs: Any,
 ) -> StepCache:
     """Put a step cache on `target`: a diffusers pipeline, a bundle from `ditcache.load`, or one
     transformer.
 
     policy: an option of conf/cache ("taylorseer"), a name given to `@register_policy`, or an
-    instance. cfg: "delta" also skips the uncond branch on some steps. knobs: keys of the policy or
-    of `CacheSettings` (head, tail, max_skips, budget). Nothing is attached unless everything is.
+    instance. cfg: "delta" also skips the uncond branch on some steps. low: what differs for
+    Wan2.2's low-noise expert, e.g. {"threshold": 0.1}. blocks: dotted path of the
+    block list, for a transformer that ditcache does not know. knobs: keys of the policy or of
+    `CacheSettings` (head, tail, max_skips, budget). Nothing is attached unless everything is.
 
     Raises ConfigError for wrong names or values, DitcacheError if a cache is already there or there
     are no blocks.
     """
     if granularity is not None:
         knobs["granularity"] = granularity
-    settings = read_settings(policy, forecaster, dict(knobs), cfg)
-    return attach_settings(target, settings, DeviceStore() if store is None else store)
+    settings = read_settings(policy, forecaster, dict(knobs), cfg, low)
+    return attach_settings(target, settings, DeviceStore() if store is None else store, blocks)
 
 
-def attach_settings(target: Any, settings: CacheSettings, store: Store) -> StepCache:
+def attach_settings(
+    target: Any, settings: CacheSettings, store: Store, blocks: str | None = None
+) -> StepCache:
     """`enable_cache` for settings that are already checked."""
-    experts = experts_of(target)
+    experts, finder = experts_of(target), Finder(getattr(target, "pipe", target))
     if settings.policy is None:
-        return StepCache(settings, store, schedule_reader(target))
-    settings = replace(settings, policy=settings.policy.fitted(calibration_of(target)))
-    cache = StepCache(settings, store, schedule_reader(target))
-    cache.experts = experts
-    for transformer in experts.values():
+        return StepCache(settings, store, schedule_reader(target, finder), finder)
+    cache = StepCache(settings, store, schedule_reader(target, finder), finder, experts)
+    plans = {}
+    for name, transformer in experts.items():
         refuse_second_cache(transformer)
-        units_of(transformer, settings)
-    cache.attach()
+        plans[name] = plan_of(target, name, settings, layout_of(transformer, blocks))
+    cache.settings = next(iter(plans.values())).settings
+    if settings.low is not None:
+        cache.settings = replace(cache.settings, low=plans[LOW].settings)
+    for name, plan in plans.items():
+        attach_expert(name, plan, cache)
     return cache
 
 
+class Plan(NamedTuple):
+    """What goes onto one expert. spans: per block list, the blocks that are cached as one."""
+
+    settings: CacheSettings
+    layout: tuple[Blocks, ...]
+    spans: list[list[range]]
+
+
+def plan_of(target: Any, expert: str, settings: CacheSettings, layout: tuple[Blocks, ...]) -> Plan:
+    """Raises ConfigError or DitcacheError where the settings do not fit this expert."""
+    own = settings.of(expert)
+    assert own.policy is not None
+    if settings.low is not None and len(experts_of(target)) < 2:
+        raise ConfigError("cache.low: has no effect, this model has one expert; leave it out")
+    own = replace(own, policy=own.policy.fitted(calibration_of(target)))
+    return Plan(own, layout, spans_of(experts_of(target)[expert], layout, own))
+
+
 def refuse_second_cache(transformer: nn.Module) -> None:
-    blocks = blocks_of(transformer)
-    if isinstance(blocks, UnitList):
-        name = blocks.driver.settings.name
+    for units in unit_lists(transformer).values():
+        name = units.driver.settings.name
         raise DitcacheError(
             f"enable_cache: this transformer already has a cache ({name}); call disable_cache first"
         )
@@ -188,17 +176,15 @@ def check_fit(target: Any, settings: CacheSettings) -> None:
     would fit.
     """
     if settings.policy is not None:
-        settings.policy.fitted(calibration_of(target))
-        for transformer in experts_of(target).values():
-            units_of(transformer, settings)
+        for name, transformer in experts_of(target).items():
+            plan_of(target, name, settings, layout_of(transformer))
 
 
 def disable_cache(target: Any) -> None:
     """Take the step cache off `target` and free what it keeps; does nothing where there is none."""
     for transformer in experts_of(target).values():
-        blocks = blocks_of(transformer)
-        if isinstance(blocks, UnitList):
-            blocks.cache.detach()
+        for units in list(unit_lists(transformer).values())[:1]:
+            units.cache.detach()
 
 
 def experts_of(target: Any) -> dict[str, nn.Module]:
@@ -210,45 +196,87 @@ def experts_of(target: Any) -> dict[str, nn.Module]:
     return experts
 
 
+def unit_lists(transformer: nn.Module) -> dict[str, UnitList]:
+    """Path -> what stands in for the block list there."""
+    modules = transformer.named_modules()
+    return {name: module for name, module in modules if isinstance(module, UnitList)}
+
+
 def blocks_of(transformer: nn.Module) -> nn.ModuleList:
-    blocks = getattr(transformer, block_list_name(transformer), None)
-    if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
-        raise DitcacheError(f"enable_cache: {type(transformer).__name__} has no blocks to cache")
-    return blocks
+    """The only block list of a transformer that has one, such as Wan's. Raises DitcacheError for
+    others.
+    """
+    layout = layout_of(transformer)
+    if len(layout) > 1 or len(layout[0].returns) > 1:
+        raise DitcacheError(f"{type(transformer).__name__}: works on one stream of blocks only")
+    return list_at(transformer, layout[0].path)
 
 
-def units_of(transformer: nn.Module, settings: CacheSettings) -> list[range]:
-    """The spans of blocks that are cached as one, for this transformer."""
-    assert settings.policy is not None
-    try:
-        always = (settings.policy.probe, settings.policy.back)
-        return partition(len(blocks_of(transformer)), *always, settings.granularity)
-    except ValueError as error:
-        raise DitcacheError(f"cache.{error}") from None
+def list_at(transformer: nn.Module, path: str) -> nn.ModuleList:
+    """The block list at a dotted path. Raises DitcacheError with the lists there are."""
+    blocks: Any = transformer
+    for name in path.split("."):
+        blocks = getattr(blocks, name, None)
+    if isinstance(blocks, nn.ModuleList) and len(blocks):
+        return blocks
+    modules = transformer.named_modules()
+    lists = [name for name, module in modules if isinstance(module, nn.ModuleList) and len(module)]
+    what = "is not there" if blocks is None else "is no list of blocks"
+    raise DitcacheError(
+        f"enable_cache: {type(transformer).__name__} has no blocks to cache: '{path}' {what}. "
+        f"{one_of(path, lists)}"
+    )
 
 
-def attach_expert(name: str, transformer: nn.Module, cache: StepCache) -> None:
-    spans = units_of(transformer, cache.settings)
-    driver, context = Driver(name, cache.settings, cache.run, len(spans)), ContextHook(cache.run)
-    forwards = ForwardHooks(cache, driver, context)
-    handles = (
+def spans_of(
+    transformer: nn.Module, layout: tuple[Blocks, ...], settings: CacheSettings
+) -> list[list[range]]:
+    """Per block list, the spans of blocks that are cached as one. Raises DitcacheError where the
+    settings do not fit.
+
+    Blocks that always run at the front are the first list's, those at the back the last one's.
+    """
+    policy, granularity = settings.policy, settings.granularity
+    assert policy is not None
+    if granularity == "output" and (len(layout) > 1 or len(layout[0].returns) > 1):
+        raise DitcacheError(
+            "cache.granularity: output forecasts what one list of blocks with one stream leads to, "
+            f"which {type(transformer).__name__} has not; use stack"
+        )
+    spans = []
+    for number, blocks in enumerate(layout):
+        front = policy.probe if number == 0 else 0
+        back = policy.back if number == len(layout) - 1 else 0
+        try:
+            count = len(list_at(transformer, blocks.path))
+            spans.append(partition(count, front, back, granularity))
+        except ValueError as error:
+            raise DitcacheError(f"cache.{error}") from None
+    return spans
+
+
+def attach_expert(name: str, plan: Plan, cache: StepCache) -> None:
+    transformer = cache.experts[name]
+    driver = Driver(name, plan.settings, cache.run, sum(map(len, plan.spans)))
+    context, first = ContextHook(cache.run), 0
+    names = list(inspect.signature(transformer.forward).parameters)
+    forwards = ForwardHooks(cache, driver, context, names)
+    cache.contexts.append(context)
+    cache.handles += [
         transformer.register_forward_pre_hook(forwards.begin, with_kwargs=True),
         transformer.register_forward_hook(forwards.end, always_call=True),
-    )
-    units = UnitList(blocks_of(transformer), cache, driver, spans, handles)
-    HookRegistry.check_if_exists_or_initialize(units).register_hook(context, HOOK)
-    replace_blocks(transformer, units)
+    ]
+    for number, (blocks, own) in enumerate(zip(plan.layout, plan.spans, strict=True)):
+        original = list_at(transformer, blocks.path)
+        units = UnitList(original, cache, driver, blocks, own, first)
+        first += len(own)
+        if number == 0:
+            HookRegistry.check_if_exists_or_initialize(units).register_hook(context, HOOK)
+        replace_blocks(transformer, blocks.path, units)
 
 
-def detach_expert(transformer: nn.Module) -> None:
-    units = blocks_of(transformer)
-    if isinstance(units, UnitList):
-        for handle in units.handles:
-            handle.remove()
-        replace_blocks(transformer, units.original)
-
-
-def replace_blocks(transformer: nn.Module, blocks: nn.ModuleList) -> None:
-    """Set the block list; diffusers remembers which children carry hooks and must look again."""
-    setattr(transformer, block_list_name(transformer), blocks)
+def replace_blocks(transformer: nn.Module, path: str, blocks: nn.ModuleList) -> None:
+    """Set a block list; diffusers remembers which children carry hooks and must look again."""
+    parent, _, name = path.rpartition(".")
+    setattr(transformer.get_submodule(parent), name, blocks)
     HookRegistry.check_if_exists_or_initialize(transformer).invalidate_child_registries_cache()

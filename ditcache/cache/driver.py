@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ditcache.cache.policies.base import Context, Policy, Schedule
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.state import Generation, UnitState
 from ditcache.cache.trace import Decision, Trace
-from ditcache.errors import ConfigError
+from ditcache.errors import ConfigError, DitcacheError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
+    from ditcache.cache.streams import Work
     from ditcache.store.base import Store
 
 
@@ -123,6 +124,11 @@ class Driver:
         generation = self.run.generation
         if output is None or call is None or generation is None:
             return None
+        if call.leader is None:
+            raise DitcacheError(
+                "step cache: the forward went through none of the blocks it replaced, so nothing "
+                "can be cached; docs/models.md says how to describe such a model"
+            )
         more = call.step < call.num_steps - 1
         if call.computed is not None and self.watches_output and more:
             self.policy.record_output(call.computed, output)
@@ -145,6 +151,7 @@ class Driver:
         if mask and own.first == 0 and not mask[0]:
             raise ConfigError(f"{name}: its mask skips the first step, which has nothing to reuse")
         generation.masks[self.expert] = mask
+        generation.ends[self.expert] = steps if schedule.end is None else schedule.end
         generation.sigmas = schedule.sigmas
         certain = [
             step < s.head or step >= steps - s.tail or (mask is not None and mask[step])
@@ -187,36 +194,35 @@ class Driver:
                 state.drop()
             generation.cond_output = None
 
-    def run_always(
-        self, blocks: list, hidden: Tensor, args: tuple, kwargs: dict[str, Any], *, front: bool
-    ) -> Tensor:
+    def run_always(self, work: Work, *, front: bool) -> Tensor:
         """The blocks that always run, at the front (then the policy sees what they added) or at the
         back.
         """
         assert self.call is not None
-        self.run.trace.always_blocks += len(blocks)
+        self.run.trace.always_blocks += len(work.blocks)
         if self.call.output is not None:  # nobody will look at the result
-            return hidden
-        out = run_blocks(blocks, hidden, args, kwargs)
-        self.run.trace.always_computed += len(blocks)
+            return work.joined
+        out = work.run()
+        self.run.trace.always_computed += len(work.blocks)
         if front:
-            self.call.probe_residual = (out - hidden).detach()
+            added = (out - work.joined).detach()
+            self.call.probe_residual = added if work.tokens is None else added[:, : work.tokens]
         return out
 
-    def run_unit(
-        self, index: int, blocks: list, hidden: Tensor, args: tuple, kwargs: dict[str, Any]
-    ) -> Tensor:
-        """One cached unit: its blocks, or its input plus a forecast of their residual."""
+    def run_unit(self, index: int, work: Work, names: list[str]) -> Tensor:
+        """One cached unit: its blocks, or its input plus a forecast of their residual. names: of
+        the blocks' arguments.
+        """
         call, generation = self.call, self.run.generation
         assert call is not None and generation is not None
         state = generation.unit(self.expert, call.branch, index)
         if call.output is not None:
             call.leader = (False, "cfg")
             state.last_step = call.step if state.last_step is not None else None
-            self.note(call, index, False, "cfg", None, len(blocks), state)
-            return hidden
-        state, forced = self.forced(state, call, hidden, generation)
-        context = self.context(call, state, index, hidden, args, kwargs)
+            self.note(call, index, False, "cfg", None, len(work.blocks), state)
+            return work.joined
+        state, forced = self.forced(state, call, work.joined, generation)
+        context = self.context(call, state, index, work, names)
         computed, reason = (True, forced) if forced else self.decide(context, state, generation)
         forecast = None
         if not computed:
@@ -224,18 +230,18 @@ class Driver:
             if forecast is None:
                 computed, reason = True, "missing"
         if forecast is None:
-            out = run_blocks(blocks, hidden, args, kwargs)
+            out = work.run()
         elif self.whole:
             assert call.latents is not None
-            out, call.output = hidden, call.latents.float() + forecast
+            out, call.output = work.joined, call.latents.float() + forecast
         else:
-            out = hidden + forecast
+            out = work.joined + forecast
         if call.leader is None:
             call.leader = (computed, reason)
             call.computed = context if computed else None
             generation.decided[self.expert] = (call.step, call.branch, computed)
-        self.remember(context, state, generation, computed, out)
-        self.note(call, index, computed, reason, context.signal, len(blocks), state)
+        self.remember(context, state, generation, computed, work.joined, out)
+        self.note(call, index, computed, reason, context.signal, len(work.blocks), state)
         return out
 
     def note(
@@ -309,28 +315,23 @@ class Driver:
         state: UnitState,
         generation: Generation,
         computed: bool,
+        joined: Tensor,
         out: Tensor,
     ) -> None:
-        """Update what the unit keeps; after the last step, keep nothing."""
+        """Update what the unit keeps; after the expert's last step, keep nothing."""
         if context.unit_index == 0 or self.policy.per_unit:
             self.policy.record(context, computed)
         state.run = 0 if computed else state.run + 1
         state.skipped += not computed
-        if context.step == context.num_steps - 1:
+        if context.step == generation.ends[self.expert] - 1:
             state.drop()
         elif computed and not self.whole and generation.wanted(self.expert, context.step):
-            self.settings.forecaster.observe(context, out - context.hidden)
+            self.settings.forecaster.observe(context, out - joined)
 
     def context(
-        self,
-        call: Call,
-        state: UnitState,
-        index: int,
-        hidden: Tensor,
-        args: tuple,
-        kwargs: dict[str, Any],
+        self, call: Call, state: UnitState, index: int, work: Work, names: list[str]
     ) -> Context:
-        """Blocks of the Wan family take (hidden, encoder_hidden, e0, rotary)."""
+        inputs = work.named(names)
         return Context(
             expert=self.expert,
             branch=call.branch,
@@ -340,9 +341,9 @@ class Driver:
             timestep=call.timestep,
             unit_index=index,
             num_units=self.num_units,
-            hidden=hidden,
-            encoder_hidden=args[0] if args else kwargs.get("encoder_hidden_states"),
-            e0=args[1] if len(args) > 1 else kwargs.get("temb"),
+            hidden=work.hidden,
+            encoder_hidden=inputs.get("encoder_hidden_states"),
+            e0=inputs.get("temb"),
             probe_residual=call.probe_residual,
             latents=call.latents,
             policy=self.policy,
@@ -364,9 +365,3 @@ def needed(certain: list[bool], kept: list[bool], tensors: int) -> list[bool]:
         elif newer is not None:
             newer += computed
     return result[::-1]
-
-
-def run_blocks(blocks: list, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    for block in blocks:
-        hidden = block(hidden, *args, **kwargs)
-    return hidden

@@ -12,25 +12,30 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from ditcache.cache.policies.base import Schedule
+from ditcache.cache.where import Finder
 from ditcache.cli import conf_dir, options
 
 
-def schedule_reader(target: Any) -> Callable[[str, int], Schedule]:
+def schedule_reader(target: Any, finder: Finder | None = None) -> Callable[[str, int], Schedule]:
     """(expert, number of steps) -> what the pipeline's scheduler says of them, if there is one."""
     pipe = getattr(target, "pipe", target)
 
     def read(expert: str, num_steps: int) -> Schedule:
-        scheduler = getattr(pipe, "scheduler", None)
-        if scheduler is None or getattr(scheduler, "num_inference_steps", None) != num_steps:
+        scheduler: Any = getattr(pipe, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        late = 0  # steps left out by a run that starts from a noised video
+        if finder is not None and timesteps is not None and finder.timesteps is timesteps:
+            late = finder.first
+        elif getattr(scheduler, "num_inference_steps", None) != num_steps:
+            return Schedule(num_steps)  # it is not this run's scheduler
+        if timesteps is None or len(timesteps) - late != num_steps:
             return Schedule(num_steps)
-        timesteps = scheduler.timesteps.cpu()
-        if len(timesteps) != num_steps:
-            return Schedule(num_steps)
+        timesteps, sigmas = timesteps[late:].cpu(), scheduler.sigmas[late:]
         first, end = span_of(target, expert, timesteps)
         transformer = getattr(pipe, expert)
         return Schedule(
             num_steps,
-            sigmas=tuple(scheduler.sigmas[:num_steps].tolist()),
+            sigmas=tuple(sigmas[:num_steps].tolist()),
             first=first,
             end=end,
             embed=time_embeddings(transformer, timesteps),

@@ -15,6 +15,9 @@ from ditcache.cli import options
 from ditcache.config import build, load_yaml
 from ditcache.errors import ConfigError, one_of
 
+RULES = ["granularity", "head", "tail", "max_skips", "budget"]
+LOW = "transformer_2"  # the low-noise expert, as diffusers calls it
+
 
 @dataclass
 class CacheSettings:
@@ -26,7 +29,7 @@ class CacheSettings:
     input, of which little has to be kept). head, tail: steps at the start and end that always
     compute. max_skips: longest run of skipped steps (None: no limit). budget: most steps skipped
     per branch and expert in one generation (None: no limit). cfg: leave out the uncond branch on
-    some steps.
+    some steps. low: all of these again, for Wan2.2's low-noise expert; None: the same.
     """
 
     policy: Policy | None = None
@@ -37,6 +40,7 @@ class CacheSettings:
     max_skips: int | None = None
     budget: int | None = None
     cfg: CfgDelta | None = None
+    low: CacheSettings | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("head", 0), ("tail", 0), ("max_skips", 0), ("budget", 0)):
@@ -52,13 +56,18 @@ class CacheSettings:
             )
         if self.policy is not None:
             self.forecaster.check(self.policy)
+        if self.low is not None and (self.policy is None or self.low.policy is None):
+            raise ValueError("low: has no effect without a policy for both experts")
+        if self.low is not None and self.low.low is not None:
+            raise ValueError("low.low: there is no third expert")
+
+    def of(self, expert: str) -> CacheSettings:
+        """The settings of one expert."""
+        return self.low if self.low is not None and expert == LOW else self
 
     def check_effect(self) -> None:
         """Raises ValueError if there is no policy that the other settings could act on."""
-        rules = (self.granularity, self.head, self.tail, self.max_skips, self.budget, self.cfg)
-        if self.policy is None and (self.forecaster, *rules) != (
-            Hold(), "stack", 1, 1, None, None, None,
-        ):  # fmt: skip
+        if self.policy is None and self != CacheSettings():
             raise ValueError("cache.policy: without one no setting has an effect; use cache=none")
 
     @property
@@ -71,13 +80,34 @@ def read_settings(
     forecaster: str | Forecaster | None,
     knobs: dict[str, Any],
     cfg: str | CfgDelta | None = None,
+    low: dict[str, Any] | None = None,
 ) -> CacheSettings:
     """`enable_cache`'s arguments -> settings: a YAML of conf/cache, a registered class, or an
     instance.
 
-    knobs: keys of the policy, or head, tail, max_skips, budget, granularity. Raises ConfigError for
+    knobs: keys of the policy, or head, tail, max_skips, budget, granularity. low: those that differ
+    for the low-noise expert; with another `policy` nothing is shared. Raises ConfigError for
     unknown ones.
     """
+    settings = read_one(policy, forecaster, knobs, cfg)
+    if low is None:
+        return settings
+    shared = {} if "policy" in low else {"forecaster": forecaster, "cfg": cfg, **knobs}
+    own = {"policy": policy, "forecaster": None, "cfg": None, **shared, **low}
+    parts = {name: own.pop(name) for name in ("policy", "forecaster", "cfg")}
+    try:
+        return replace(settings, low=read_one(**parts, knobs=own))
+    except ValueError as error:
+        raise ConfigError(f"cache.{error}") from None
+
+
+def read_one(
+    policy: str | Policy,
+    forecaster: str | Forecaster | None,
+    knobs: dict[str, Any],
+    cfg: str | CfgDelta | None,
+) -> CacheSettings:
+    """The settings of one expert, or of all."""
     if isinstance(policy, Policy):
         node, own, target = OmegaConf.create({}), [], None
     elif policy in options("cache"):
@@ -90,7 +120,7 @@ def read_settings(
         known = {*options("cache"), *REGISTERED}
         raise ConfigError(f"enable_cache: no policy '{policy}'. {one_of(str(policy), known)}")
 
-    driver = [] if policy == "none" else [f.name for f in fields(CacheSettings)][2:-1]
+    driver = [] if policy == "none" else RULES
     for name, value in knobs.items():
         if name not in own + driver:
             label = policy if isinstance(policy, str) else type(policy).__name__
@@ -122,6 +152,24 @@ def read_settings(
         return replace(settings, **instances)
     except ValueError as error:
         raise ConfigError(f"cache.{error}") from None
+
+
+def with_low(cfg: DictConfig) -> DictConfig:
+    """The configuration with `cache.low` filled up: it says only what differs, unless it brings a
+    policy of another class, with which nothing is shared.
+    """
+    low = cfg.cache.get("low")
+    if low is None or OmegaConf.is_missing(cfg.cache, "policy") or cfg.cache.policy is None:
+        return cfg
+    if not isinstance(low, DictConfig):
+        raise ConfigError(f"cache.low: needs keys of its own, such as cache.low.head=2, got {low}")
+    filled = cfg.copy()
+    OmegaConf.set_struct(filled, False)
+    target = OmegaConf.select(low, "policy._target_") or cfg.cache.policy.get("_target_")
+    if target == cfg.cache.policy.get("_target_"):
+        same = OmegaConf.masked_copy(filled.cache, [key for key in filled.cache if key != "low"])
+        filled.cache.low = OmegaConf.merge(same, filled.cache.low)
+    return filled
 
 
 def compose(name: str) -> DictConfig:

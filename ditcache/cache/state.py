@@ -76,6 +76,7 @@ class Generation:
         self.expert: str | None = None
         self.units: dict[tuple[str, str, int], UnitState] = {}
         self.masks: dict[str, list[bool] | None] = {}
+        self.ends: dict[str, int] = {}  # step after each expert's last
         self.needed: dict[str, list[bool]] = {}  # per expert and step: may the residual be used
         self.decided: dict[str, tuple[int, str, bool]] = {}  # last (step, branch, computed)
         self.cond_output: tuple[int, Tensor] | None = None  # (step, output), until uncond has come
@@ -109,7 +110,7 @@ class Generation:
         plan are kept as well.
         """
         mask = self.masks[expert]
-        if step == self.num_steps - 1:
+        if step == self.ends[expert] - 1:
             return False
         return self.needed[expert][step] or (mask is not None and not mask[step])
 

@@ -4,13 +4,15 @@ one.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from ditcache.cache.driver import Driver
+from ditcache.cache.streams import Work
+from ditcache.models.base import Blocks
 
 if TYPE_CHECKING:
     from ditcache.cache.attach import StepCache
@@ -48,22 +50,30 @@ def partition(num_blocks: int, probe: int, back: int, granularity: int | str) ->
 class Unit:
     """Called like a block. Looks its blocks up at every call, so that adapters may replace them
     meanwhile.
+
+    index: among the expert's units; None for blocks that always run, at the front or the back.
     """
 
-    __slots__ = ("blocks", "driver", "index", "span")
+    __slots__ = ("blocks", "drops_text", "index", "plain", "span")
 
-    def __init__(self, blocks: UnitList, driver: Driver, index: int | None, span: range):
-        self.blocks, self.driver, self.index, self.span = blocks, driver, index, span
+    def __init__(self, blocks: UnitList, index: int | None, span: range):
+        self.blocks, self.index, self.span = blocks, index, span
+        self.plain: int | None = None  # what its last computed call returned, see Work
+        self.drops_text = False
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        blocks = [self.blocks[i] for i in self.span]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        units, driver = self.blocks, self.blocks.driver
+        work = Work([units[i] for i in self.span], units.layout, args, kwargs)
+        work.plain, work.drops_text = self.plain, self.drops_text
         try:
             if self.index is None:
-                front = self.span.start == 0
-                return self.driver.run_always(blocks, hidden_states, args, kwargs, front=front)
-            return self.driver.run_unit(self.index, blocks, hidden_states, args, kwargs)
+                out = driver.run_always(work, front=self.span.start == 0)
+            else:
+                out = driver.run_unit(self.index, work, units.names)
+            self.plain, self.drops_text = work.plain, work.drops_text
+            return work.returned(out)
         except BaseException:  # torch runs no forward hook after a keyboard interrupt
-            self.driver.call = None
+            driver.call = None
             raise
 
 
@@ -72,35 +82,41 @@ class UnitList(nn.ModuleList):
     units instead.
 
     Shares the original list's dictionary of modules, so whatever happens to one happens to both.
+    first: index of its first unit among the expert's.
     """
 
     cache: StepCache
     driver: Driver
+    layout: Blocks
+    names: list[str]
     original: nn.ModuleList
     units: list[Unit]
-    handles: tuple[RemovableHandle, ...]
 
     def __init__(
         self,
         original: nn.ModuleList,
         cache: StepCache,
         driver: Driver,
+        layout: Blocks,
         spans: list[range],
-        handles: tuple[RemovableHandle, ...],
+        first: int,
     ):
         super().__init__()
         self._modules = original._modules
-        units = [Unit(self, driver, index, span) for index, span in enumerate(spans)]
+        units = [Unit(self, first + index, span) for index, span in enumerate(spans)]
         if spans[0].start:
-            units.insert(0, Unit(self, driver, None, range(spans[0].start)))
+            units.insert(0, Unit(self, None, range(spans[0].start)))
         if spans[-1].stop < len(original):
-            units.append(Unit(self, driver, None, range(spans[-1].stop, len(original))))
+            units.append(Unit(self, None, range(spans[-1].stop, len(original))))
+        names = list(inspect.signature(original[0].forward).parameters)
         self.__dict__.update(
-            cache=cache, original=original, driver=driver, units=units, handles=handles
+            cache=cache, original=original, driver=driver, layout=layout, units=units, names=names
         )
 
     def __iter__(self) -> Iterator[Any]:
         return super().__iter__() if self.driver.call is None else iter(self.units)
 
     def __getitem__(self, index: Any) -> Any:
+        if self.driver.call is not None and index in (slice(None), slice(len(self))):
+            return self.units  # some models iterate `layers[:num_layers]`
         return self.original[index]

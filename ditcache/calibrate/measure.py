@@ -19,7 +19,7 @@ from ditcache.cache.attach import attach_settings, blocks_of, disable_cache, rep
 from ditcache.cache.forecasters.taylor import Taylor
 from ditcache.cache.policies.base import Policy, Schedule
 from ditcache.cache.settings import CacheSettings
-from ditcache.models.base import Bundle
+from ditcache.models.base import Bundle, layout_of
 from ditcache.pipeline.callbacks import Callback, Step
 from ditcache.pipeline.denoise import denoise
 from ditcache.pipeline.inputs import Inputs
@@ -166,12 +166,12 @@ class Injected(nn.Module):
 
 def replay(expert: nn.Module, args: tuple, kwargs: dict[str, Any], residual: Tensor) -> Tensor:
     """The expert's output for the same input if its blocks added `residual`."""
-    blocks = blocks_of(expert)
-    replace_blocks(expert, nn.ModuleList([Injected(residual)]))
+    blocks, path = blocks_of(expert), layout_of(expert)[0].path
+    replace_blocks(expert, path, nn.ModuleList([Injected(residual)]))
     try:
         return expert.forward(*args, **kwargs)[0]
     finally:
-        replace_blocks(expert, blocks)
+        replace_blocks(expert, path, blocks)
 
 
 @dataclass

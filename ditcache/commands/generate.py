@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
-from ditcache.cache.settings import CacheSettings
+from ditcache.cache.settings import CacheSettings, with_low
 from ditcache.config import build
 from ditcache.pipeline.settings import SamplingSettings, check_bundle
 from ditcache.store.base import Store
@@ -38,7 +38,7 @@ class GenerateSettings(SamplingSettings):
 def run(cfg: DictConfig) -> float | None:
     """One job. Returns the denoising speed-up over the baseline if one was rendered."""
     # 1) Check everything that can be checked without weights.
-    settings = build(cfg, "", GenerateSettings)
+    settings = build(with_low(cfg), "", GenerateSettings)
     settings.model.check_folder()
 
     # 2) Load, see that the cache fits the model, then open the run folder.

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ditcache.errors import ConfigError, DitcacheError, one_of
@@ -17,7 +20,6 @@ if TYPE_CHECKING:
 ZOO = Path(__file__).parent.parent / "zoo"
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "group")
-BLOCK_LISTS = {"WanTransformer3DModel": "blocks", "ChronoEditTransformer3DModel": "blocks"}
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Model:
 
     pipeline: ClassVar[str]  # class of diffusers that loads and conditions it
     needs_image: ClassVar[bool] = False
+    stored_as: ClassVar[str | None] = None  # the class that the checkpoint names, where it differs
 
     path: str
     dtype: str = "bfloat16"
@@ -103,9 +106,10 @@ class Model:
             found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
         except (json.JSONDecodeError, AttributeError, UnicodeDecodeError):
             raise ConfigError(f"model.path: {index} is damaged") from None
-        if found != self.pipeline:
+        if found != (self.stored_as or self.pipeline):
             raise ConfigError(
-                f"model.path: {folder} holds a {found}, this model loads a {self.pipeline}"
+                f"model.path: {folder} holds a {found}, this model loads a "
+                f"{self.stored_as or self.pipeline}"
             )
 
     def check_size(self, height: int, width: int, num_frames: int) -> None:
@@ -155,12 +159,40 @@ def transformers_of(pipe: Any) -> dict[str, Any]:
     return {name: part for name in names if (part := getattr(pipe, name, None)) is not None}
 
 
-def block_list_name(transformer: nn.Module) -> str:
-    """Attribute of the transformer that holds its blocks; subclasses count."""
+@dataclass(frozen=True)
+class Blocks:
+    """One list of a transformer's blocks, for the step cache.
+
+    path: dotted, from the transformer. returns: the streams that a block returns, in order:
+    `hidden`, and `text` where it changes the text tokens as well. A block takes them as
+    `hidden_states` and `encoder_hidden_states`, by name or as its first arguments.
+    """
+
+    path: str = "blocks"
+    returns: tuple[str, ...] = ("hidden",)
+
+
+def layout_of(transformer: nn.Module, blocks: str | None = None) -> tuple[Blocks, ...]:
+    """The block lists of a transformer, in the order in which they run: those that its family's
+    file describes (subclasses count), or the one named by a dotted path.
+    """
+    if blocks is not None:
+        return (Blocks(blocks),)
+    known = layouts()
     for cls in type(transformer).__mro__:
-        if cls.__name__ in BLOCK_LISTS:
-            return BLOCK_LISTS[cls.__name__]
+        if cls.__name__ in known:
+            return known[cls.__name__]
     raise DitcacheError(
         f"enable_cache: {type(transformer).__name__} is not a model ditcache knows. "
-        f"One of: {', '.join(BLOCK_LISTS)}"
+        f"{one_of(type(transformer).__name__, known)}; or name its block list: "
+        "enable_cache(..., blocks='path.to.blocks')"
     )
+
+
+@cache
+def layouts() -> dict[str, tuple[Blocks, ...]]:
+    """Transformer class -> its block lists, from every file beside this one."""
+    found: dict[str, tuple[Blocks, ...]] = {}
+    for module in iter_modules([str(Path(__file__).parent)]):
+        found |= getattr(import_module(f"ditcache.models.{module.name}"), "LAYOUTS", {})
+    return found

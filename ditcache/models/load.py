@@ -62,8 +62,8 @@ def load_pipeline(model: Model) -> Any:
         with warnings.catch_warnings():  # of diffusers to huggingface_hub, not to our user
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
             found = diffusers.DiffusionPipeline.load_config(path).get("_class_name")
-        if found != model.pipeline:
-            raise ConfigError(f"model.path: {path} holds a {found}, not a {model.pipeline}")
+        if found != (wanted := model.stored_as or model.pipeline):
+            raise ConfigError(f"model.path: {path} holds a {found}, not a {wanted}")
         cls = getattr(diffusers, model.pipeline)
         pipe = cls.from_pretrained(path, dtype=dtypes, use_safetensors=True)
     except ConfigError:
@@ -76,11 +76,6 @@ def load_pipeline(model: Model) -> Any:
             f"({first_line(error)[:120]}); set model.path=<diffusers folder>, or model=tiny, which "
             "needs no download"
         ) from error
-    if pipe.config.get("expand_timesteps"):
-        raise ConfigError(
-            f"model.path: {path} wants one timestep per token (Wan2.2 TI2V), which this version "
-            "cannot run; use model=wan2.2_t2v or wan2.2_i2v"
-        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ditcache.models.base import Model
+from ditcache.models.base import Blocks, Model
+
+LAYOUTS = {"WanTransformer3DModel": (Blocks(),)}
 
 
 @dataclass
@@ -21,3 +23,12 @@ class WanImageToVideo(Model):
 
     pipeline: ClassVar[str] = "WanImageToVideoPipeline"
     needs_image: ClassVar[bool] = True
+
+
+@dataclass
+class WanFirstFrame(WanImageToVideo):
+    """Wan2.2 TI2V given a picture: it stands in place of the first latent frame, whose tokens have
+    timestep 0. The checkpoint is that of text to video.
+    """
+
+    stored_as: ClassVar[str] = "WanPipeline"

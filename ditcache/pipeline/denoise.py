@@ -5,6 +5,7 @@ open.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from ditcache.errors import ConfigError
 from ditcache.models.base import Bundle
 from ditcache.pipeline.callbacks import Callback, Step
 from ditcache.pipeline.inputs import Inputs
+
+WAY, ENDS = slice(None, -1), [0, -1]  # of ChronoEdit's latent frames with temporal reasoning
 
 
 @torch.no_grad()
@@ -61,20 +64,23 @@ def run_steps(
     )
     dtypes = {name: transformer.dtype for name, transformer in bundle.experts.items()}
     latents = inputs.latents
+    reasoning = getattr(bundle.model, "reasoning_steps", 0)
     for index, timestep in enumerate(scheduler.timesteps):
+        # 0) ChronoEdit: the frames between the pictures before and after have done their part.
+        if reasoning and index == reasoning:
+            latents, inputs = drop_reasoning(latents, inputs, scheduler)
+
         # 1) Which expert works at this noise level, and how strongly it is guided.
         low = boundary is not None and timesteps[index] < boundary
         expert, strength = ("transformer_2", guidance_low) if low else ("transformer", guidance)
         transformer = bundle.experts[expert]
 
         # 2) Velocity of the cond branch, and of the uncond branch where there is guidance.
-        conditioned = (
-            latents if inputs.condition is None else torch.cat([latents, inputs.condition], dim=1)
-        )
-        model_input = conditioned.to(dtypes[expert])
+        model_input, when = inputs.at(latents, timestep)
+        model_input = model_input.to(dtypes[expert])
         where = {"step_index": index, "sigma": sigmas[index], "num_inference_steps": len(timesteps)}
         velocity = run_branch(
-            "cond", transformer, model_input, timestep, inputs.text.cond, inputs.image, where
+            "cond", transformer, model_input, when, inputs.text.cond, inputs.image, where
         )
         if guidance > 1.0:
             assert inputs.text.uncond is not None
@@ -82,7 +88,7 @@ def run_steps(
                 "uncond",
                 transformer,
                 model_input,
-                timestep,
+                when,
                 inputs.text.uncond,
                 inputs.image,
                 where,
@@ -97,7 +103,19 @@ def run_steps(
         for callback in callbacks:
             callback(step)
         latents = step.latents
-    return latents
+    return inputs.known(latents)
+
+
+def drop_reasoning(latents: Tensor, inputs: Inputs, scheduler: Any) -> tuple[Tensor, Inputs]:
+    """Keep the first and the last latent frame, also in what a multistep scheduler remembers."""
+    frames = latents.shape[2]
+    assert inputs.condition is not None
+    for index, output in enumerate(scheduler.model_outputs):
+        if output is not None and output.shape[2] == frames:
+            scheduler.model_outputs[index] = output[:, :, ENDS]
+    if scheduler.last_sample is not None:
+        scheduler.last_sample = scheduler.last_sample[:, :, ENDS]
+    return latents[:, :, ENDS], replace(inputs, condition=inputs.condition[:, :, ENDS])
 
 
 def run_branch(
@@ -114,7 +132,7 @@ def run_branch(
     with transformer.cache_context(branch, **where):  # type: ignore[operator]
         return transformer(
             hidden_states=model_input,
-            timestep=timestep.expand(model_input.shape[0]),
+            timestep=timestep,
             encoder_hidden_states=text,
             return_dict=False,
             **extra,
@@ -146,5 +164,10 @@ def decode_latents(bundle: Bundle, latents: Tensor) -> Any:
         torch.tensor(values).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    video = vae.decode(latents / (1.0 / spread) + mean, return_dict=False)[0]
+    latents = latents / (1.0 / spread) + mean
+    if getattr(bundle.model, "reasoning_steps", 0) and latents.shape[2] > 2:  # never dropped
+        way, edit = (vae.decode(latents[:, :, i], return_dict=False)[0] for i in (WAY, ENDS))
+        video = torch.cat([way, edit[:, :, 1:]], dim=2)
+    else:
+        video = vae.decode(latents, return_dict=False)[0]
     return bundle.pipe.video_processor.postprocess_video(video, output_type="np")[0]

@@ -3,7 +3,8 @@
 Ratio: what the uncached run computes over what the arm computes, in blocks or in whole steps. For a
 target every setting is brought as near to it as it gets, never further below than `LEAST` of it, on
 the first `FEW` tuning prompts. The `FINALISTS` with the best mean PSNR there meet on all of them,
-and the best one represents the method.
+and the best `SENT` go to the comparison. A handful of prompts decides between near settings by
+luck, so that there the better of them stands for the method, ours and the peers' alike.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LEAST = 0.97  # of the target, to two digits: at most 3 % more compute
 RANGE = (0.003, 4.0)  # of thresholds
 FIRST = (0.06, 0.25)  # those looked at before any search
 TURNS = 4  # more of them per target
-FEW, FINALISTS = 2, 3
+FEW, FINALISTS, SENT = 2, 4, 2
 CLOSE = 0.015  # near enough to stop
 
 Ratios = dict[str, float]  # "blocks" and "steps"
@@ -89,8 +90,10 @@ class Tuner:
         self.log: list[dict[str, Any]] = []
         self.refused: dict[str, str] = {}
 
-    def best(self, method: Method, target: float, unit: str) -> Arm | None:
-        """The method's arm for a target ratio of blocks or steps; None if it cannot get there."""
+    def best(self, method: Method, target: float, unit: str) -> list[Arm]:
+        """The method's arms for a target ratio of blocks or steps, best last; none if it cannot get
+        there.
+        """
         contenders: list[Arm] = []
         for settings in method.open:
             contenders += self.turned(method, settings, target, unit)
@@ -102,7 +105,7 @@ class Tuner:
             rows = [row for arm in arms if (row := self.row(arm, target, unit, count))]
             self.log += rows
         rows.sort(key=lambda row: (allowed(row[f"{unit}_ratio"], target), row["psnr"]))
-        return method.arm(rows[-1]["settings"]) if rows else None
+        return [method.arm(row["settings"]) for row in rows[-SENT:]]
 
     def turned(self, method: Method, settings: dict, target: float, unit: str) -> list[Arm]:
         """One open setting with its knob turned to the target."""

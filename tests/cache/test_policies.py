@@ -22,7 +22,9 @@ from ditcache.cache.policies.seacache import SeaCache, filtered
 from ditcache.cache.policies.teacache import TeaCache, polynomial
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.signal import change
+from ditcache.cache.streams import Work
 from ditcache.errors import ConfigError
+from ditcache.models.base import Blocks
 from ditcache.store.device import DeviceStore
 
 SHAPE = (1, 2, 3, 4, 4)  # of made-up latents [B, C, T, H, W]
@@ -45,10 +47,10 @@ class Toy:
         self.driver.begin_call(call, lambda expert, steps: self.schedule())
         hidden = latents.flatten(2).mT.contiguous()
         if self.policy.probe:
-            blocks = [lambda h: h + hidden] * self.policy.probe
-            start = torch.zeros_like(hidden)
-            hidden = self.driver.run_always(blocks[:1], start, (), {}, front=True)
-        self.driver.run_unit(0, [lambda h: 2 * h], hidden, (), {})
+            residual = hidden
+            work = Work([lambda h: h + residual], Blocks(), (torch.zeros_like(hidden),), {})
+            hidden = self.driver.run_always(work, front=True)
+        self.driver.run_unit(0, Work([lambda h: 2 * h], Blocks(), (hidden,), {}), [])
         self.driver.end_call(2 * latents if output is None else output)
         return self.run.trace.decisions[-1].computed
 

@@ -30,6 +30,8 @@ PUBLISHED = {
     "wan2.1_i2v_720p": ("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", 720, 1280, 40, 5.0, None),
     "wan2.2_t2v": ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 720, 1280, 40, 12.0, 0.875),
     "wan2.2_i2v": ("Wan-AI/Wan2.2-I2V-A14B-Diffusers", 720, 1280, 40, 5.0, 0.9),
+    "wan2.2_ti2v": ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 704, 1280, 50, 5.0, None),
+    "wan2.2_ti2v_image": ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 704, 1280, 50, 5.0, None),
     "chronoedit": ("nvidia/ChronoEdit-14B-Diffusers", 720, 1280, 50, 5.0, None),
 }
 

@@ -1,5 +1,6 @@
 """`cache=none` is diffusers, bit for bit: our loop against each pipeline's own."""
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -141,13 +142,85 @@ def test_caches_are_exact_on_every_model(checkpoints, model, policy):
     assert torch.equal(ours(bundle, "a cat", **settings), plain)
 
 
-def test_one_timestep_per_token_is_refused(checkpoints, tmp_path):
-    from diffusers import WanPipeline
-
-    from ditcache.errors import ConfigError
-
-    pipe = WanPipeline.from_pretrained(checkpoints["wan"])
+@pytest.fixture(scope="module")
+def per_token(checkpoints, tmp_path_factory):
+    """A folder laid out like Wan2.2's TI2V 5B."""
+    folder = tmp_path_factory.mktemp("ti2v")
+    pipe = diffusers.WanPipeline.from_pretrained(checkpoints["wan"])
     pipe.register_to_config(expand_timesteps=True)
-    pipe.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="one timestep per token"):
-        ditcache.load("wan", path=str(tmp_path), device="cpu")
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("model", ["wan2.2_ti2v", "wan2.2_ti2v_image"])
+def test_one_timestep_per_token(per_token, model):
+    bundle = ditcache.load(model, path=per_token, dtype="float32", device="cpu")
+    picture = Image.linear_gradient("L").convert("RGB") if bundle.model.needs_image else None
+    settings = {"height": 32, "width": 48, "picture": picture}
+    plain = theirs(bundle, "a cat", **settings)
+    assert torch.equal(ours(bundle, "a cat", **settings), plain)
+    for policy, full in FULL.items():
+        ditcache.enable_cache(bundle, policy, **full)
+        assert torch.equal(ours(bundle, "a cat", **settings), plain)
+        assert torch.equal(theirs(bundle, "a cat", **settings), plain)
+        ditcache.disable_cache(bundle)
+    cache = ditcache.enable_cache(bundle, "interval", every=2, head=1)
+    skipped = ours(bundle, "a cat", **settings)
+    assert torch.equal(theirs(bundle, "a cat", **settings), skipped)
+    ditcache.disable_cache(bundle)
+    assert [d.computed for d in cache.trace.decisions if d.branch == "cond"].count(False) == 2
+    assert (skipped - plain).norm() < plain.norm()
+    if picture is not None:  # the first frame is the picture's, whatever is skipped
+        assert torch.equal(skipped[:, :, 0], plain[:, :, 0])
+
+
+@pytest.mark.parametrize("reasoning", [1, 3, STEPS, STEPS + 1])
+def test_temporal_reasoning(checkpoints, reasoning):
+    bundle = ditcache.load(
+        "chronoedit",
+        path=str(checkpoints["chronoedit"]),
+        dtype="float32",
+        device="cpu",
+        reasoning_steps=reasoning,
+    )
+    settings = {"height": 32, "width": 48, "num_frames": 29, "picture": Image.new("RGB", (48, 32))}
+    way = {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": reasoning}
+    plain = theirs(bundle, "a cat", **settings, **way)
+    latents = ours(bundle, "a cat", **settings)
+    assert torch.equal(latents, plain)
+    assert latents.shape[2] == (2 if reasoning < STEPS else 8)
+    assert len(decode_latents(bundle, latents)) == (5 if reasoning < STEPS else 29)
+    for policy, full in FULL.items():
+        ditcache.enable_cache(bundle, policy, **full)
+        assert torch.equal(ours(bundle, "a cat", **settings), plain)
+        ditcache.disable_cache(bundle)
+    cache = ditcache.enable_cache(bundle, "interval", every=STEPS, head=1, tail=0)
+    assert ours(bundle, "a cat", **settings).isfinite().all()
+    ditcache.disable_cache(bundle)
+    computed = {(d.step, d.reason) for d in cache.trace.decisions if d.computed}
+    assert computed == {(0, "first"), *([(reasoning, "shape")] if reasoning < STEPS else [])}
+
+
+def test_reasoning_frames_decode_as_the_pipelines(checkpoints):
+    bundle = ditcache.load(
+        "chronoedit",
+        path=str(checkpoints["chronoedit"]),
+        dtype="float32",
+        device="cpu",
+        reasoning_steps=STEPS,
+    )
+    settings = {"height": 32, "width": 48, "num_frames": 29, "picture": Image.new("RGB", (48, 32))}
+    frames = bundle.pipe(
+        prompt="a cat",
+        negative_prompt="blurred",
+        image=settings["picture"],
+        height=32,
+        width=48,
+        num_frames=29,
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        enable_temporal_reasoning=True,
+        num_temporal_reasoning_steps=STEPS,
+        generator=torch.Generator().manual_seed(0),
+    ).frames[0]
+    assert np.array_equal(decode_latents(bundle, ours(bundle, "a cat", **settings)), frames)

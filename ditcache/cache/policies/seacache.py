@@ -57,20 +57,27 @@ class SeaCache(Policy):
         """The filtered latents of this step."""
         if ctx.sigma is None or ctx.latents is None:
             raise ConfigError("cache.policy: SeaCache needs the pipeline's sigmas and latents")
+        if ctx.latents.dim() < 4:
+            raise ConfigError(
+                "cache.policy: SeaCache filters latents over space and time, and this model packs "
+                f"them as {list(ctx.latents.shape)}; use another policy"
+            )
         return filtered(ctx.latents, ctx.sigma, self.beta)
 
 
 def filtered(latents: Tensor, sigma: float, beta: float) -> Tensor:
-    """[B, C, T, H, W] -> the same in fp32, each frequency scaled by a denoiser's gain."""
+    """[B, C, T, H, W] or [B, C, H, W] -> the same in fp32, each frequency scaled by a denoiser's
+    gain.
+    """
     import torch
 
     noise = min(max(sigma, 1e-6), 1 - 1e-6)
     signal = 1 - noise
-    axes, gain = (2, 3, 4), torch.ones((), device=latents.device)
+    axes, gain = tuple(range(2, latents.dim())), torch.ones((), device=latents.device)
     for axis in axes:
         frequency = torch.fft.fftfreq(latents.shape[axis], device=latents.device).abs()
         power = 1 / (frequency**beta + 1e-16)
         along = signal * power / (signal**2 * power + noise**2 + 1e-16)
-        gain = gain * along.view([-1 if a == axis else 1 for a in range(2, 5)])
+        gain = gain * along.view([-1 if a == axis else 1 for a in axes])
     spectrum = torch.fft.fftn(latents.float(), dim=axes)
     return torch.fft.ifftn(spectrum * (gain / gain.mean()), dim=axes).real

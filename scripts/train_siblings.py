@@ -1,0 +1,222 @@
+"""Fine-tune the zoo's other members from wan-tiny. Each stage resumes where it stopped.
+
+python scripts/train_siblings.py --stage wan22-high      # then wan22-low, i2v, chronoedit
+torchrun --nproc-per-node 2 scripts/train_siblings.py    # everything, two CPU processes
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from rich.progress import track
+from transformers import UMT5EncoderModel
+
+from zoo import dit, siblings, text, training, world
+from zoo.optim import MatrixAdam, trapezoid
+
+SEED = 20261121
+BASE = Path("ditcache/zoo/wan-tiny")
+MOTION_CLIPS, EDIT_CLIPS = 10_000, 6000
+STEPS = {"wan22-high": 1500, "wan22-low": 2500, "i2v": 4000, "chronoedit": 4000}
+BATCH = 32
+
+
+def load_base() -> tuple[dit.Denoiser, AutoencoderKLWan]:
+    """wan-tiny as shipped; only its transformer learns on."""
+    model = dit.Denoiser(text.make_tokenizer())
+    parts = {"torch_dtype": torch.float32}
+    model.transformer = WanTransformer3DModel.from_pretrained(
+        BASE, subfolder="transformer", **parts
+    )
+    model.text_encoder = UMT5EncoderModel.from_pretrained(BASE / "text_encoder", dtype="float32")
+    model.text_encoder.requires_grad_(False)
+    autoencoder = AutoencoderKLWan.from_pretrained(BASE, subfolder="vae", **parts)
+    return model, autoencoder.eval()
+
+
+def tokens_of(captions: list[str]) -> torch.Tensor:
+    padding = {"padding": "max_length", "max_length": dit.TEXT_TOKENS, "truncation": True}
+    return text.make_tokenizer()(captions, return_tensors="pt", **padding).input_ids
+
+
+def cached(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> siblings.Clips:
+    if not path.exists():
+        training.save(make(), path)
+    return siblings.Clips(**torch.load(path, weights_only=True))
+
+
+def motion_clips(folder: Path, autoencoder: AutoencoderKLWan) -> siblings.Clips:
+    """This process's clips of wan-tiny's world, with their first pictures."""
+
+    def make() -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng([SEED, 1, training.RANK])
+        scenes = [world.draw_scene(rng) for _ in range(MOTION_CLIPS // training.PROCESSES)]
+        latents, condition, pictures = [], [], []
+        for scene in track(scenes, description="encoding clips"):
+            clip = world.render(scene)
+            latents.append(siblings.encode(autoencoder, clip[None]).half())
+            condition.append(siblings.encode_picture(autoencoder, clip[0], len(clip)).half())
+            pictures.append(torch.from_numpy(clip[0]))
+        return {
+            "latents": torch.cat(latents),
+            "tokens": tokens_of([scene.caption for scene in scenes]),
+            "condition": torch.cat(condition),
+            "pictures": torch.stack(pictures),
+        }
+
+    return cached(folder / f"motion-{training.RANK}.pt", make)
+
+
+def edit_clips(folder: Path, autoencoder: AutoencoderKLWan, *, reasoning: bool) -> siblings.Clips:
+    """This process's edits, as two latent frames or eight."""
+
+    def make() -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng([SEED, 2, training.RANK])
+        pairs = [siblings.draw_edit(rng) for _ in range(EDIT_CLIPS // training.PROCESSES)]
+        frames = siblings.REASONING_FRAMES if reasoning else siblings.EDIT_FRAMES
+        latents, condition, pictures = [], [], []
+        for before, after in track(pairs, description="encoding edits"):
+            picture = world.render(before)[0]
+            latents.append(
+                siblings.edit_latents(autoencoder, before, after, reasoning=reasoning).half()
+            )
+            condition.append(siblings.encode_picture(autoencoder, picture, frames).half())
+            pictures.append(torch.from_numpy(picture))
+        return {
+            "latents": torch.cat(latents),
+            "tokens": tokens_of([after.caption for _, after in pairs]),
+            "condition": torch.cat(condition),
+            "pictures": torch.stack(pictures),
+        }
+
+    kind = "reasoning" if reasoning else "edits"
+    return cached(folder / f"{kind}-{training.RANK}.pt", make)
+
+
+class Batches:
+    """Draws a batch of captions with their share of dropped and disturbed ones."""
+
+    def __init__(self, clips: siblings.Clips):
+        self.clips, self.tokenizer = clips, text.make_tokenizer()
+        self.no_caption = tokens_of([""])[0]
+
+    def draw(self, rng: np.random.Generator, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [B] and tokens [B, L]."""
+        rows = torch.from_numpy(rng.integers(len(self.clips.latents), size=batch))
+        tokens = dit.add_stray_words(self.clips.tokens[rows].clone(), rng, self.tokenizer)
+        tokens[torch.from_numpy(rng.random(batch) < 0.1)] = self.no_caption
+        return rows, tokens
+
+
+def padded_lengths(rng: np.random.Generator, batch: int) -> torch.Tensor:
+    return torch.from_numpy(np.where(rng.random(batch) < 0.5, 512, rng.integers(32, 513, batch)))
+
+
+def train_expert(stage: str, folder: Path, steps: int) -> None:
+    """One expert of wan22-tiny, on its own noise range."""
+    (model, autoencoder), (ema, _) = load_base(), load_base()
+    attention = model.use_training_attention()
+    clips = motion_clips(folder, autoencoder)
+    batches = Batches(clips)
+
+    def loss_of(rng: np.random.Generator, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
+        rows, tokens = batches.draw(rng, BATCH)
+        sigma = siblings.draw_sigma(rng, BATCH, *siblings.RANGES[stage])
+        padded_to = padded_lengths(rng, BATCH)
+        return dit.flow_loss(
+            model, attention, clips.latents[rows].float(), tokens, sigma, padded_to
+        ), {}
+
+    fit(stage, model, ema, loss_of, folder, steps)
+
+
+def train_with_picture(stage: str, folder: Path, steps: int) -> None:
+    """i2v: clips from their first picture; its image encoder learns with it. chronoedit: edits,
+    starting from i2v, whose image encoder it shares.
+    """
+    base, autoencoder = load_base()
+    models = [siblings.PictureDenoiser(base, chronoedit=stage == "chronoedit") for _ in range(2)]
+    if stage == "chronoedit":
+        start = torch.load(folder / "i2v.pt", weights_only=True)["ema"]
+        for model in models:
+            model.load_state_dict(start)
+            model.image_encoder.requires_grad_(False)
+        kinds = [edit_clips(folder, autoencoder, reasoning=r) for r in (False, True)]
+        sizes = (48, 12)
+    else:
+        kinds, sizes = [motion_clips(folder, autoencoder)], (BATCH,)
+    model, ema = models
+    attention = model.use_training_attention()
+    batches = [Batches(clips) for clips in kinds]
+
+    def loss_of(rng: np.random.Generator, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
+        kind = int(rng.integers(len(kinds)))
+        clips, size = kinds[kind], sizes[kind]
+        rows, tokens = batches[kind].draw(rng, size)
+        loss = siblings.picture_loss(
+            model,
+            attention,
+            clips,
+            rows,
+            tokens,
+            dit.draw_sigma(rng, size),
+            padded_lengths(rng, size),
+        )
+        return loss, {f"loss{kind}": float(loss.detach()) * len(kinds)} if len(kinds) > 1 else {}
+
+    fit(stage, model, ema, loss_of, folder, steps)
+
+
+def fit(
+    stage: str,
+    model: dit.Denoiser | siblings.PictureDenoiser,
+    ema: torch.nn.Module,
+    loss_of: Callable[..., tuple[torch.Tensor, dict[str, float]]],
+    folder: Path,
+    steps: int,
+) -> None:
+    """Gentler than wan-tiny's training: a third of its learning rates."""
+    for block in model.transformer.blocks:
+        block.compile()
+    learning = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    training.fit(
+        stage,
+        model,
+        MatrixAdam(learning, muon_lr=1e-3, adam_lr=5e-4, weight_decay=0.05),
+        loss_of,
+        steps=steps,
+        schedule=trapezoid,
+        folder=folder,
+        seed=SEED,
+        ema=ema,
+        save_every=250,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage", choices=["all", *STEPS], default="all")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("outputs/zoo"), help="checkpoints, logs"
+    )
+    parser.add_argument("--steps", type=int, help="instead of the stage's own number")
+    parser.add_argument("--threads", type=int, help="of this process")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    training.start_processes("cpu")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    for stage, steps in STEPS.items():
+        if arguments.stage in ("all", stage):
+            train = train_expert if stage.startswith("wan22") else train_with_picture
+            train(stage, arguments.folder, arguments.steps or steps)
+            training.barrier()
+
+
+if __name__ == "__main__":
+    main()
