@@ -77,20 +77,21 @@ def run_command(command: str, arguments: list[str], *, program: str | None = Non
 
 @contextlib.contextmanager
 def discarding_empty_run_folder() -> Iterator[None]:
-    """After an error, take away the folder made for this run if it holds no result."""
+    """Take away the folder made for this run if it holds no result, after an error or a plan."""
+    folder, keep = Path(HydraConfig.get().runtime.output_dir), NoteFolders.first_existing
     try:
         yield
     except BaseException:
-        folder, keep = Path(HydraConfig.get().runtime.output_dir), NoteFolders.first_existing
         if keep == folder and not NoteFolders.had_record:
             shutil.rmtree(folder / ".hydra", ignore_errors=True)
-        elif keep != folder and {x.name for x in folder.iterdir()} <= {".hydra", "config.yaml"}:
+        raise
+    finally:
+        if keep != folder and {x.name for x in folder.iterdir()} <= {".hydra", "config.yaml"}:
             shutil.rmtree(folder)
             for parent in folder.parents:
                 if keep is None or parent == keep or any(parent.iterdir()):
                     break
                 parent.rmdir()
-        raise
 
 
 def explain(error: Exception) -> str:

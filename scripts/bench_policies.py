@@ -45,12 +45,16 @@ def main() -> None:
     bench = Bench(ditcache.load("tiny"), STEPS)
     prompts, tuning = captions(arguments.prompts, arguments.tune)
     prompts = prompts[: arguments.limit]
-    report = Report(bench, prompts)
+    names = {method.name for method in methods.methods(STEPS)}
+    if unknown := set(arguments.only or names) - names:
+        sys.exit(f"bench_policies: --only: no method {unknown}. One of: {', '.join(sorted(names))}")
+    report = Report(bench, prompts, set(arguments.only or names))
     if tuning:
         inputs = [bench.inputs(text, 5000 + i) for i, text in enumerate(tuning)]
         report.tune(Tuner(bench, inputs))
         print(f"tuned in {(time.perf_counter() - started) / 60:.1f} minutes", file=sys.stderr)
-    report.rehearse([NONE, *methods.defaults(STEPS), *methods.controls()], prompts[0])
+    shipped = [] if arguments.only else methods.defaults(STEPS)
+    report.rehearse([NONE, *shipped, *methods.controls()], prompts[0])
     report.measure()
     arguments.out.mkdir(parents=True, exist_ok=True)
     text = f"{report.text()}\n\nTook {(time.perf_counter() - started) / 60:.0f} minutes.\n"
@@ -70,6 +74,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--limit", type=int, help="only the first so many captions")
     parser.add_argument("--tune", type=int, default=6, help="captions to tune on; 0: do not tune")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="tune and compare these alone")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/policies"))
     arguments = parser.parse_args()
     if (arguments.limit is not None and arguments.limit < 1) or arguments.tune < 0:
@@ -96,8 +101,8 @@ def drawn(seed: int, count: int, taken: list[str]) -> list[str]:
 class Report:
     """Collects arms, their videos' figures, and what could not run."""
 
-    def __init__(self, bench: Bench, prompts: list[str]):
-        self.bench, self.prompts = bench, prompts
+    def __init__(self, bench: Bench, prompts: list[str], names: set[str]):
+        self.bench, self.prompts, self.names = bench, prompts, names  # of methods to tune
         self.arms: list[Arm] = []
         self.shipped: list[Arm] = []
         self.matched: dict[tuple[float, str], list[Arm]] = {}
@@ -109,7 +114,7 @@ class Report:
 
     def tune(self, tuner: Tuner) -> None:
         """Every method at every target: equal blocks first, then equal steps where that differs."""
-        known = [m for m in methods.methods(STEPS) if present(m.who)]
+        known = [m for m in methods.methods(STEPS) if present(m.who) and m.name in self.names]
         rounds = [(t, u, m) for u in ("blocks", "steps") for t in TARGETS for m in known]
         for target, unit, method in track(rounds, description="tuning", transient=True):
             found = self.matched.setdefault((target, unit), [])

@@ -275,3 +275,24 @@ def test_image_to_video_from_the_command_line(checkpoints, generate, tmp_path):
     rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     assert {row["expert"] for row in rows} == {"transformer", "transformer_2"}
     assert metrics_of(folder)["compute"]["ratio"] < 1
+
+
+def test_settings_for_the_low_noise_expert_alone(checkpoints, generate):
+    model = ["model=wan2.2_t2v", f"model.path={checkpoints['wan2.2_t2v']}", "model.dtype=float32"]
+    model += ["model.device=cpu", "height=32", "width=48", "num_frames=5", "steps=12", "a cat"]
+    cache = ["cache=interval", "cache.head=1", "cache.policy.every=2"]
+
+    def skipped(*more):
+        folder = generate(*model, *cache, *more)
+        rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+        assert rows
+        return {
+            expert: sum(not row["computed"] for row in rows if row["expert"] == expert)
+            for expert in ("transformer", "transformer_2")
+        }
+
+    same, fewer = skipped(), skipped("cache.low.policy.every=1")
+    assert same["transformer"] == fewer["transformer"] > 0
+    assert same["transformer_2"] > fewer["transformer_2"] == 0
+    other = skipped("cache.low=fbcache", "cache.low.policy.threshold=9", "cache.low.max_skips=1")
+    assert other["transformer"] == same["transformer"] and other["transformer_2"] > 0

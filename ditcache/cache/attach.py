@@ -17,10 +17,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ditcache.cache.cfg.delta import CfgDelta
-from ditcache.cache.driver import Driver, Run
+from ditcache.cache.driver import Driver
 from ditcache.cache.forecasters.base import Forecaster
-from ditcache.cache.hooks import ContextHook, ForwardHooks
+from ditcache.cache.hooks import COMPILE, ContextHook, ForwardHooks
 from ditcache.cache.policies.base import Policy, Schedule
+from ditcache.cache.run import Run
 from ditcache.cache.schedule import calibration_of, schedule_reader
 from ditcache.cache.settings import LOW, CacheSettings, read_settings
 from ditcache.cache.trace import Trace
@@ -57,10 +58,10 @@ class StepCache:
     @property
     def stats(self) -> dict[str, Any]:
         """JSON-serialisable: settings, counts, signals and bytes per unit, the store's counters."""
+        low = self.settings.low
         return {
-            "policy": self.settings.name,
-            "forecaster": type(self.settings.forecaster).__name__,
-            "granularity": self.settings.granularity,
+            **self.settings.names,
+            **({} if low is None else {"low": low.names}),
             "units": self.trace.stats(),
             "store": self.store.stats(),
         }
@@ -100,6 +101,7 @@ def enable_cache(
     cfg: str | CfgDelta | None = None,
     low: dict[str, Any] | None = None,
     blocks: str | None = None,
+    group: Any = None,
     **knobs: Any,
 ) -> StepCache:
     """Put a step cache on `target`: a diffusers pipeline, a bundle from `ditcache.load`, or one
@@ -107,8 +109,10 @@ def enable_cache(
 
     policy: an option of conf/cache ("taylorseer"), a name given to `@register_policy`, or an
     instance. cfg: "delta" also skips the uncond branch on some steps. low: what differs for
-    Wan2.2's low-noise expert, e.g. {"threshold": 0.1}. blocks: dotted path of the
-    block list, for a transformer that ditcache does not know. knobs: keys of the policy or of
+    Wan2.2's low-noise expert, e.g. {"threshold": 0.1}. blocks: dotted path of the block list, for a
+    transformer that ditcache does not know. group: the torch.distributed group whose ranks share
+    every forward (tensor or sequence parallel): a dynamic policy computes on all of them if it does
+    on one; None: diffusers' own tensor-parallel group, if any. knobs: keys of the policy or of
     `CacheSettings` (head, tail, max_skips, budget). Nothing is attached unless everything is.
 
     Raises ConfigError for wrong names or values, DitcacheError if a cache is already there or there
@@ -117,27 +121,46 @@ def enable_cache(
     if granularity is not None:
         knobs["granularity"] = granularity
     settings = read_settings(policy, forecaster, dict(knobs), cfg, low)
-    return attach_settings(target, settings, DeviceStore() if store is None else store, blocks)
+    store = DeviceStore() if store is None else store
+    return attach_settings(target, settings, store, blocks, group)
 
 
 def attach_settings(
-    target: Any, settings: CacheSettings, store: Store, blocks: str | None = None
+    target: Any,
+    settings: CacheSettings,
+    store: Store,
+    blocks: str | None = None,
+    group: Any = None,
 ) -> StepCache:
     """`enable_cache` for settings that are already checked."""
     experts, finder = experts_of(target), Finder(getattr(target, "pipe", target))
     if settings.policy is None:
         return StepCache(settings, store, schedule_reader(target, finder), finder)
     cache = StepCache(settings, store, schedule_reader(target, finder), finder, experts)
-    plans = {}
+    plans, groups = {}, {}
     for name, transformer in experts.items():
-        refuse_second_cache(transformer)
+        refuse_what_cannot_be(transformer)
         plans[name] = plan_of(target, name, settings, layout_of(transformer, blocks))
+        groups[name] = group or parallel_group(transformer)
     cache.settings = next(iter(plans.values())).settings
     if settings.low is not None:
         cache.settings = replace(cache.settings, low=plans[LOW].settings)
     for name, plan in plans.items():
-        attach_expert(name, plan, cache)
+        attach_expert(name, plan, cache, groups[name])
     return cache
+
+
+def parallel_group(transformer: nn.Module) -> Any:
+    """The ranks that hold slices of this transformer, by diffusers' `enable_parallelism`."""
+    config: Any = getattr(transformer, "_parallel_config", None)
+    if config is None:
+        return None
+    if config.context_parallel_config is not None:
+        raise DitcacheError(
+            "enable_cache: context parallelism splits the tokens inside the first block, so that "
+            "its residual is not its own; use tensor parallelism, or split tokens before the blocks"
+        )
+    return config.tensor_parallel_config._mesh.get_group()
 
 
 class Plan(NamedTuple):
@@ -158,7 +181,10 @@ def plan_of(target: Any, expert: str, settings: CacheSettings, layout: tuple[Blo
     return Plan(own, layout, spans_of(experts_of(target)[expert], layout, own))
 
 
-def refuse_second_cache(transformer: nn.Module) -> None:
+def refuse_what_cannot_be(transformer: nn.Module) -> None:
+    """A second cache, or a transformer that was compiled as one."""
+    if hasattr(transformer, "_orig_mod") or transformer._compiled_call_impl is not None:
+        raise DitcacheError(COMPILE)
     for units in unit_lists(transformer).values():
         name = units.driver.settings.name
         raise DitcacheError(
@@ -255,9 +281,9 @@ def spans_of(
     return spans
 
 
-def attach_expert(name: str, plan: Plan, cache: StepCache) -> None:
+def attach_expert(name: str, plan: Plan, cache: StepCache, group: Any) -> None:
     transformer = cache.experts[name]
-    driver = Driver(name, plan.settings, cache.run, sum(map(len, plan.spans)))
+    driver = Driver(name, plan.settings, cache.run, sum(map(len, plan.spans)), group)
     context, first = ContextHook(cache.run), 0
     names = list(inspect.signature(transformer.forward).parameters)
     forwards = ForwardHooks(cache, driver, context, names)

@@ -7,14 +7,14 @@ last one, head, tail, the longest run of skips and the budget. Knows nothing of 
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ditcache.cache.policies.base import Context, Policy, Schedule
+from ditcache.cache.run import Call, Run
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.state import Generation, UnitState
-from ditcache.cache.trace import Decision, Trace
+from ditcache.cache.trace import Decision
 from ditcache.errors import ConfigError, DitcacheError
 
 if TYPE_CHECKING:
@@ -23,76 +23,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ditcache.cache.streams import Work
-    from ditcache.store.base import Store
 
-
-GENERATIONS = itertools.count(1)  # unique in the process, so that caches may share a store
 DELTA = -1  # the unit under which CFG-delta keeps its difference
-
-
-class Run:
-    """What all experts of one pipeline share: the store, the trace and the generation under way."""
-
-    def __init__(self, store: Store):
-        self.store, self.trace = store, Trace()
-        self.generation: Generation | None = None
-
-    def begin(self, schedule: Schedule) -> Generation:
-        """Start a new generation with nothing remembered."""
-        self.end()
-        self.trace = Trace()
-        self.generation = Generation(next(GENERATIONS), schedule.num_steps, self.store)
-        return self.generation
-
-    def end(self) -> None:
-        """Free everything the generation kept; the trace stays readable."""
-        if self.generation is not None:
-            self.generation.free()
-            self.generation = None
-
-
-class Call:
-    """One forward of the expert: where it is in the run, and what has been decided for all of its
-    units.
-    """
-
-    __slots__ = (
-        "branch",
-        "computed",
-        "latents",
-        "leader",
-        "num_steps",
-        "output",
-        "probe_residual",
-        "sigma",
-        "step",
-        "timestep",
-    )
-
-    def __init__(
-        self,
-        branch: str,
-        step: int,
-        num_steps: int,
-        sigma: float | None,
-        timestep: Tensor | None,
-        latents: Tensor | None = None,
-    ):
-        self.branch, self.step, self.num_steps = branch, step, num_steps
-        self.sigma, self.timestep, self.latents = sigma, timestep, latents
-        self.probe_residual: Tensor | None = None
-        # What the first unit did and why; the others follow it.
-        self.leader: tuple[bool, str] | None = None
-        self.computed: Context | None = None  # of the first unit, if it computed
-        self.output: Tensor | None = None  # stands in for the whole forward's output
 
 
 class Driver:
     """The step cache of one expert."""
 
-    def __init__(self, expert: str, settings: CacheSettings, run: Run, num_units: int):
+    def __init__(
+        self, expert: str, settings: CacheSettings, run: Run, num_units: int, group: Any = None
+    ):
         assert settings.policy is not None
         self.expert, self.settings, self.run, self.num_units = expert, settings, run, num_units
+        self.group = group  # of processes that share every forward
         self.policy: Policy = settings.policy
         self.whole = settings.granularity == "output"
         self.watches_output = type(self.policy).record_output is not Policy.record_output
@@ -307,7 +250,9 @@ class Driver:
             return True, "max_skips"
         if self.settings.budget is not None and state.skipped >= self.settings.budget:
             return True, "budget"
-        return (self.policy.should_compute(context) if mask is None else mask[call.step]), "policy"
+        if mask is not None:
+            return mask[call.step], "policy"
+        return agreed(self.policy.should_compute(context), context.hidden, self.group), "policy"
 
     def remember(
         self,
@@ -349,6 +294,19 @@ class Driver:
             policy=self.policy,
             state=state,
         )
+
+
+def agreed(computed: bool, like: Tensor, group: Any) -> bool:
+    """Whether any rank of a group that shares this forward computes: ranks that decide apart wait
+    for each other forever.
+    """
+    if group is None:
+        return computed
+    import torch
+
+    vote = torch.tensor([int(computed)], device=like.device)
+    torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MAX, group)
+    return bool(vote.item())
 
 
 def needed(certain: list[bool], kept: list[bool], tensors: int) -> list[bool]:

@@ -14,12 +14,17 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import nn
 
-from ditcache.cache.driver import Call, Driver, Run
+from ditcache.cache.driver import Driver
+from ditcache.cache.run import Call, Run
 from ditcache.errors import DitcacheError
 
 if TYPE_CHECKING:
     from ditcache.cache.attach import StepCache
 
+COMPILE = (
+    "step cache: decisions do not belong into a compiled transformer; compile its blocks, with "
+    "transformer.compile_repeated_blocks(fullgraph=True)"
+)
 # Arguments that make some blocks behave unlike the others, which units cannot follow.
 PER_BLOCK = (
     "controlnet_block_samples",
@@ -51,6 +56,8 @@ class ForwardHooks:
         self.cache, self.driver, self.context, self.names = cache, driver, context, names
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if module._compiled_call_impl is not None:
+            raise DitcacheError(COMPILE)
         if torch.is_grad_enabled() and getattr(module, "gradient_checkpointing", False):
             raise DitcacheError("step cache: gradient checkpointing would recompute skipped blocks")
         try:

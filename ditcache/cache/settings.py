@@ -71,6 +71,15 @@ class CacheSettings:
             raise ValueError("cache.policy: without one no setting has an effect; use cache=none")
 
     @property
+    def names(self) -> dict[str, Any]:
+        """For reports."""
+        return {
+            "policy": self.name,
+            "forecaster": type(self.forecaster).__name__,
+            "granularity": self.granularity,
+        }
+
+    @property
     def name(self) -> str:
         return "none" if self.policy is None else type(self.policy).__name__
 
@@ -112,7 +121,7 @@ def read_one(
         node, own, target = OmegaConf.create({}), [], None
     elif policy in options("cache"):
         node, target = compose(policy), None
-        own = [str(key) for key in node.policy or () if key != "_target_"]
+        own = keys_of(node.policy)
     elif policy in REGISTERED:
         node, target = OmegaConf.create({"policy": {}}), REGISTERED[policy]
         own = [f.name for f in fields(target)]
@@ -121,13 +130,16 @@ def read_one(
         raise ConfigError(f"enable_cache: no policy '{policy}'. {one_of(str(policy), known)}")
 
     driver = [] if policy == "none" else RULES
+    places = {name: name for name in driver}
+    places |= {name: f"cfg.{name}" for name in keys_of(node.get("cfg"))}
+    places |= {name: f"policy.{name}" for name in own}
     for name, value in knobs.items():
-        if name not in own + driver:
+        if name not in places:
             label = policy if isinstance(policy, str) else type(policy).__name__
             raise ConfigError(
-                f"enable_cache: {label} takes no '{name}' here. {one_of(name, own + driver)}"
+                f"enable_cache: {label} takes no '{name}' here. {one_of(name, places)}"
             )
-        OmegaConf.update(node, f"policy.{name}" if name in own else name, value, force_add=True)
+        OmegaConf.update(node, places[name], value, force_add=True)
     for name, part in (("forecaster", forecaster), ("cfg", cfg)):
         if policy == "none" and part is not None:
             raise ConfigError(f"enable_cache: none takes no {name}")
@@ -152,6 +164,10 @@ def read_one(
         return replace(settings, **instances)
     except ValueError as error:
         raise ConfigError(f"cache.{error}") from None
+
+
+def keys_of(node: DictConfig | None) -> list[str]:
+    return [str(key) for key in node or () if key != "_target_"]
 
 
 def with_low(cfg: DictConfig) -> DictConfig:

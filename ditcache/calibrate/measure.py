@@ -32,11 +32,11 @@ BRANCHES = ("cond", "uncond")  # in the order in which the loop runs them
 class Measured:
     """One uncached run.
 
-    latents: the final ones. sigmas [T]. starts: first step of each expert. change, ratio: per
-    branch, [T]: relative L1 change of the output from the step before, and mean over tokens of
-    |R_s| / |R_s-1|; NaN at the starts. gram [T, W, W]: entry (t, i, j) is the inner product of what
-    it does to the guided output of step t to put the residual of step t-1-i, or t-1-j, in place of
-    its own.
+    latents: the final ones. sigmas [T]. starts: first step of each expert, and of a new shape.
+    change, ratio: per branch, [T]: relative L1 change of the output from the step before, and mean
+    over tokens of |R_s| / |R_s-1|; NaN at the starts. gram [T, W, W]: entry (t, i, j) is the inner
+    product of what it does to the guided output of step t to put the residual of step t-1-i, or
+    t-1-j, in place of its own.
     """
 
     latents: Tensor
@@ -55,12 +55,10 @@ def measure(
     gram = np.zeros((sampling["steps"], window, window))
     sigmas: list[float] = []
     starts: list[int] = []
-    experts: list[str] = []
 
     def look(step: Step) -> None:
-        if experts[-1:] != [step.expert]:
+        if watch.anew:
             starts.append(step.index)
-        experts.append(step.expert)
         sigmas.append(step.sigma)
         low = step.expert == "transformer_2" and sampling["guidance_low"] is not None
         effects = watch.guided(sampling["guidance_low" if low else "guidance"])
@@ -79,12 +77,14 @@ def measure(
 class Watch:
     """Hooks on the experts, and what they have seen.
 
-    effects: of the step under way, per branch and distance. memory: per expert and branch, the
-    output of the step before and residuals, newest first, on the CPU.
+    effects: of the step under way, per branch and distance. anew: nothing of an earlier step is of
+    any use at this one. memory: per expert and branch, the output of the step before and residuals,
+    newest first, on the CPU.
     """
 
     window: int
     turn: int = 0  # forwards made at this step
+    anew: bool = True
     effects: list[list[Tensor]] = field(default_factory=list)
     change: dict[str, list[float]] = field(default_factory=dict)
     ratio: dict[str, list[float]] = field(default_factory=dict)
@@ -115,6 +115,9 @@ class Watch:
             self.turn += 1
             sample, residual = output[0], seen["after"] - seen["before"]
             before, residuals = self.memory.get((expert, branch), (None, []))
+            if residuals and residuals[0].shape != residual.shape:  # frames were dropped
+                before, residuals = None, []
+            self.anew = not residuals
             nan = float("nan")
             self.change.setdefault(branch, []).append(
                 nan if before is None else float((sample - before).abs().mean() / size(before))

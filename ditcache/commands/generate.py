@@ -22,6 +22,7 @@ class GenerateSettings(SamplingSettings):
     save_latents: bool = False
     fps: int = 16
     upscale: int = 1
+    plan: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,12 +34,19 @@ class GenerateSettings(SamplingSettings):
             raise ValueError("cache.cfg: has no effect without guidance; set guidance > 1")
         if self.compare and self.cache.policy is None:
             raise ValueError("compare: needs a cache to compare; set cache=<policy>")
+        if self.plan and self.compare:
+            raise ValueError("plan: renders nothing to compare; set compare=false")
 
 
 def run(cfg: DictConfig) -> float | None:
     """One job. Returns the denoising speed-up over the baseline if one was rendered."""
     # 1) Check everything that can be checked without weights.
     settings = build(with_low(cfg), "", GenerateSettings)
+    if settings.plan:
+        from ditcache.report.plan import show as show_plan
+
+        show_plan(settings)
+        return None
     settings.model.check_folder()
 
     # 2) Load, see that the cache fits the model, then open the run folder.

@@ -22,6 +22,53 @@ DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "group")
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """Shapes of a Wan-like model, to plan with before it is loaded. Parameters in numbers of them.
+
+    width = heads * head_dim; ffn: hidden width of the feed-forward. channels: of the latents.
+    spatial: pixels per latent pixel, of which 2x2 make a token; 4 frames per latent frame after the
+    first. text: tokens that cross-attention sees, and their width; image: likewise, from an image
+    encoder (0: none).
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    ffn: int
+    channels: int = 16
+    spatial: int = 8
+    text: tuple[int, int] = (512, 4096)
+    image: tuple[int, int] = (0, 0)
+    experts: int = 1
+    text_encoder: int = 5_680_910_336  # UMT5-XXL's encoder
+    image_encoder: int = 0
+    vae: int = 126_892_531
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def parameters(self) -> int:
+        """Of one expert's transformer: matrices, without biases and norms."""
+        d, picture = self.width, 2 if self.image[0] else 0
+        block = (8 + picture) * d * d + 2 * d * self.ffn
+        embeddings = (self.text[1] + 256 + self.image[1] + 10 * d) * d
+        return self.layers * block + embeddings
+
+    def tokens(self, height: int, width: int, num_frames: int) -> int:
+        side = 2 * self.spatial
+        return ((num_frames - 1) // 4 + 1) * (height // side) * (width // side)
+
+    def flops(self, tokens: int) -> int:
+        """Of one forward over `tokens`."""
+        d, seen = self.width, self.text[0] + self.image[0]
+        linear = 2 * tokens * (6 * d * d + 2 * d * self.ffn) + 4 * seen * d * d
+        attention = 4 * tokens * (tokens + seen) * d
+        return self.layers * (linear + attention)
+
+
 @dataclass
 class Model:
     """Base of all models: a diffusers pipeline to load and the settings its authors recommend.
@@ -33,7 +80,7 @@ class Model:
     (None: the same). boundary: share of the noise range at which the low-noise expert takes over
     (None: what the checkpoint says). shift: of the flow schedule (None: likewise). size_multiple:
     height and width must be multiples of it. calibration: an option of conf/calibration or a YAML
-    file, with the constants some policies need.
+    file, with the constants some policies need. architecture: shapes for `plan=true`.
     """
 
     pipeline: ClassVar[str]  # class of diffusers that loads and conditions it
@@ -58,6 +105,7 @@ class Model:
     size_multiple: int = 16
     upscale: int = 1
     calibration: str | None = None
+    architecture: Architecture | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("dtype", DTYPES), ("vae_dtype", DTYPES), ("offload", OFFLOADS)):

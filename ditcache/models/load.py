@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from ditcache.config import build, load_yaml
 from ditcache.errors import ConfigError, DitcacheError, first_line
 from ditcache.models.base import Bundle, Model
+from ditcache.models.zoo import parts_of
 
 WEIGHT_SETTINGS = ("path", "dtype", "vae_dtype", "device", "offload", "vae_tiling")
 
@@ -65,7 +67,8 @@ def load_pipeline(model: Model) -> Any:
         if found != (wanted := model.stored_as or model.pipeline):
             raise ConfigError(f"model.path: {path} holds a {found}, not a {wanted}")
         cls = getattr(diffusers, model.pipeline)
-        pipe = cls.from_pretrained(path, dtype=dtypes, use_safetensors=True)
+        parts = parts_of(Path(path), dtypes) if model.path.startswith("zoo:") else {}
+        pipe = cls.from_pretrained(path, dtype=dtypes, use_safetensors=True, **parts)
     except ConfigError:
         raise
     except Exception as error:  # a hub can fail in many ways, each with its own exception

@@ -105,7 +105,7 @@ def ours(steps: int) -> list[Method]:
     hold, line, snr = ({"forecaster": name} for name in ("hold", TAYLOR, TAYLOR_SNR))
     skips = [
         {"head": head, "max_skips": longest, **forecaster}
-        for head, longest in ((1, 2), (2, 4))
+        for head, longest in ((1, 2), (1, 4), (2, 4))
         for forecaster in (hold, line)
     ]
     heads = [{"head": head, **forecaster} for head in (1, 4) for forecaster in (hold, line)]
@@ -209,7 +209,7 @@ def diffusers_methods(steps: int) -> list[Method]:
     ]
     seacache = [
         {"residual_order": order, "retention_steps": head, "max_consecutive_cached": longest}
-        for head, longest in ((1, 2), (2, 4))
+        for head, longest in ((1, 2), (1, 4), (2, 4))
         for order in (0, 1)
     ]
     taylorseer = [

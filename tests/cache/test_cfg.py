@@ -202,3 +202,12 @@ def test_an_option_nobody_knows(pipe):
         ditcache.enable_cache(pipe, "interval", cfg="dleta")
     with pytest.raises(ConfigError, match="none takes no cfg"):
         ditcache.enable_cache(pipe, "none", cfg="delta")
+
+
+def test_every_is_cfg_deltas(pipe):
+    """`cfg_delta` brings it along, and its policy has no key of that name."""
+    cache = ditcache.enable_cache(pipe, "cfg_delta", every=5)
+    assert cache.settings.cfg == CfgDelta(every=5)
+    ditcache.disable_cache(pipe)
+    cache = ditcache.enable_cache(pipe, "interval", every=5, cfg="delta")
+    assert cache.settings.policy.every == 5 and cache.settings.cfg == CfgDelta()

@@ -10,6 +10,7 @@ from test_exactness import FULL, SKIPPING
 import ditcache
 from ditcache.cache.policies.base import Policy
 from ditcache.cache.schedule import schedule_reader
+from ditcache.errors import ConfigError, DitcacheError
 
 STEPS, HIGH = 20, 6  # of the run, of the high-noise expert
 KNOBS = {  # that skip something in each expert
@@ -207,3 +208,69 @@ def test_d32_nothing_skipped_is_bit_exact_with_two_experts(two, policy, plans):
     assert cache.trace.computed == len(cache.trace.decisions) == 2 * STEPS
     ditcache.disable_cache(two)
     assert torch.equal(run(two), plain)
+
+
+# Settings of their own
+
+
+def test_what_differs_for_the_low_noise_expert(two):
+    cache = ditcache.enable_cache(two, "interval", every=2, head=1, tail=0, low={"every": 5})
+    run(two)
+    high, low = by_expert(cache).values()
+    assert [d.computed for d in high.values()] == [step % 2 == 0 for step in range(HIGH)]
+    skips = [step for step, d in low.items() if not d.computed]
+    assert len(skips) > (STEPS - HIGH) / 2
+    ditcache.disable_cache(two)
+    same = ditcache.enable_cache(two, "interval", every=5, head=1, tail=0)
+    run(two)
+    assert skips == [step for step, d in by_expert(same)["transformer_2"].items() if not d.computed]
+
+
+def test_another_policy_for_the_low_noise_expert(two):
+    cache = ditcache.enable_cache(
+        two,
+        "interval",
+        every=2,
+        head=1,
+        low={"policy": "fbcache", "threshold": 0.0, "forecaster": "taylor"},
+    )
+    plain_low = run(two)
+    high, low = by_expert(cache).values()
+    assert not all(d.computed for d in high.values())
+    assert all(d.computed for d in low.values())
+    assert type(cache.settings.low.policy).__name__ == "FBCache"
+    assert cache.settings.low.head == 1 and cache.stats["low"]["policy"] == "FBCache"
+    assert plain_low.isfinite().all()
+
+
+def test_settings_that_are_all_the_same_change_nothing(two):
+    ditcache.enable_cache(two, "taylorseer", every=2, head=1)
+    expected = run(two)
+    ditcache.disable_cache(two)
+    ditcache.enable_cache(two, "taylorseer", every=2, head=1, low={})
+    assert torch.equal(run(two), expected)
+
+
+def test_low_needs_two_experts_and_fitting_keys(two, pipe):
+    with pytest.raises(ConfigError, match=r"cache\.low: has no effect, this model has one expert"):
+        ditcache.enable_cache(pipe, "interval", low={"every": 2})
+    with pytest.raises(ConfigError, match="interval takes no 'threshold' here"):
+        ditcache.enable_cache(two, "interval", low={"threshold": 0.1})
+    with pytest.raises(ConfigError, match=r"low: has no effect without a policy for both"):
+        ditcache.enable_cache(two, "interval", low={"policy": "none"})
+    with pytest.raises(DitcacheError, match="granularity: must be"):
+        ditcache.enable_cache(two, "fbcache", low={"granularity": 9})
+
+
+def test_the_state_of_an_expert_goes_with_its_last_step(two):
+    """Not only once the other one starts."""
+    cache = ditcache.enable_cache(two, "taylorseer", every=2, head=1)
+    held = {}
+
+    def watch(pipe, step, timestep, more):
+        held[step] = cache.store.stats()["bytes"]
+        return more
+
+    run(two, callback_on_step_end=watch)
+    assert held[HIGH - 1] == 0 and held[STEPS - 1] == 0
+    assert all(held[step] > 0 for step in range(STEPS - 2) if step != HIGH - 1)

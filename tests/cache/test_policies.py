@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ditcache
-from ditcache.cache.driver import Call, Driver, Run
+from ditcache.cache.driver import Driver
 from ditcache.cache.policies.base import Schedule
 from ditcache.cache.policies.dbcache import DBCache
 from ditcache.cache.policies.dicache import DiCache
@@ -20,6 +20,7 @@ from ditcache.cache.policies.magcache import MagCache
 from ditcache.cache.policies.planned import Planned
 from ditcache.cache.policies.seacache import SeaCache, filtered
 from ditcache.cache.policies.teacache import TeaCache, polynomial
+from ditcache.cache.run import Call, Run
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.signal import change
 from ditcache.cache.streams import Work

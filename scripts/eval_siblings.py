@@ -1,0 +1,236 @@
+"""What the zoo's other members can do, read back from their frames, and on which clips each one's
+predictions are better than its siblings'.
+
+    python scripts/eval_siblings.py                          # all of them, 60 clips each
+    python scripts/eval_siblings.py --member wan22-tiny --write-card
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import train_siblings
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import ditcache
+from ditcache.metrics.psnr import psnr
+from zoo import card, family, judge, members, siblings, world
+
+GUIDANCE = 4.0
+LEVELS = (0.95, 0.8, 0.6, 0.4, 0.2)  # of noise, for flow losses
+Results = dict[str, dict[str, str]]  # row -> column -> what the table shows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--member", choices=["all", *members.PIPELINES], default="all")
+    parser.add_argument("--clips", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--write-card", action="store_true", help="CARD.md and sample.png as well")
+    parser.add_argument("--logs", type=Path, default=Path("outputs/zoo"), help="for --write-card")
+    arguments = parser.parse_args()
+    if arguments.clips < 4:
+        parser.error("--clips must be >= 4")
+    for member in members.PIPELINES if arguments.member == "all" else [arguments.member]:
+        bundle = ditcache.load("tiny", path=f"zoo:{member}", **KINDS[member])
+        results, scenes, videos = EVALUATE[member](bundle.pipe, arguments.clips, arguments.seed)
+        show(member, results)
+        if arguments.write_card:
+            folder = members.ZOO / member
+            Image.fromarray(card.sample_picture(scenes, videos)).save(folder / "sample.png")
+            text = sibling_card(member, arguments, results)
+            (folder / "CARD.md").write_text(text)
+
+
+def moving(pipe: Any, count: int, seed: int) -> tuple[Results, list[world.Scene], np.ndarray]:
+    """wan22: captions followed, beside wan-tiny on the same captions and noise; each expert's flow
+    loss on its own range.
+    """
+    base = ditcache.load("tiny").pipe
+    scenes = drawn(seed, count)
+    captions = [scene.caption for scene in scenes]
+    results, videos = {}, np.empty(0)
+    for name, one in (("wan-tiny", base), ("wan22-tiny", pipe)):
+        videos = family.generate(one, captions, seed=seed * 100_003)
+        results[name] = scores(scenes, videos)
+    for name, expert in (("wan22-high", pipe.transformer), ("wan22-low", pipe.transformer_2)):
+        low, high = siblings.RANGES[name]
+        for label, transformer in (("wan-tiny", base.transformer), ("wan22-tiny", expert)):
+            loss = flow_loss(pipe, transformer, scenes[:32], low, high)
+            results[label][f"flow loss, sigma {low:g}-{high:g}"] = f"{loss:.4f}"
+    return results, scenes, videos
+
+
+def from_picture(pipe: Any, count: int, seed: int) -> tuple[Results, list[world.Scene], np.ndarray]:
+    """i2v: does it go on from the picture, and where the caption says."""
+    scenes, videos, first = drawn(seed, count), [], []
+    for number, scene in enumerate(track(scenes, description="videos", transient=True)):
+        clip = world.render(scene)
+        frames = pipe(
+            image=Image.fromarray(clip[0]),
+            prompt=scene.caption,
+            height=64,
+            width=64,
+            num_frames=17,
+            num_inference_steps=family.STEPS,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator().manual_seed(seed * 100_003 + number),
+        ).frames[0]
+        videos.append(frames)
+        first.append(psnr(clip[:1] / 255, frames[:1]))
+    row = scores(scenes, np.stack(videos))
+    row["first frame"] = f"{np.mean(first):.1f} dB"
+    return {"wan-i2v-tiny": row}, scenes, np.stack(videos)
+
+
+def edits(pipe: Any, count: int, seed: int) -> tuple[Results, list[world.Scene], np.ndarray]:
+    """chronoedit: is the last picture the edited one, with the object where it was."""
+    rng = np.random.default_rng([seed, 3])
+    pairs = [siblings.draw_edit(rng) for _ in range(count)]
+    results: Results = {}
+    videos = np.empty(0)
+    for name, way in REASONING.items():
+        videos = np.stack(
+            [
+                edited(pipe, before, after, seed * 100_003 + number, way)
+                for number, (before, after) in enumerate(track(pairs, name, transient=True))
+            ]
+        )
+        lasts = np.repeat(videos[:, -1:], 3, 1)
+        verdicts = [judge.judge(last) for last in lasts]
+        targets = [after for _, after in pairs]
+        results[name] = {
+            quality: share(
+                [
+                    getattr(v, quality) == getattr(t, quality)
+                    for v, t in zip(verdicts, targets, strict=True)
+                ]
+            )
+            for quality in ("background", "colour", "shape")
+        }
+        wanted = [world.render(after)[:1] / 255 for after in targets]
+        near = [psnr(a, b) for a, b in zip(wanted, videos[:, -1:], strict=True)]
+        results[name]["edited picture"] = f"{np.mean(near):.1f} dB"
+    return results, [after for _, after in pairs], videos
+
+
+REASONING: dict[str, dict[str, Any]] = {
+    "two frames": {"num_frames": siblings.EDIT_FRAMES},
+    "reasoning, dropped after 8 steps": {
+        "num_frames": siblings.REASONING_FRAMES,
+        "enable_temporal_reasoning": True,
+        "num_temporal_reasoning_steps": 8,
+    },
+    "reasoning, kept": {
+        "num_frames": siblings.REASONING_FRAMES,
+        "enable_temporal_reasoning": True,
+        "num_temporal_reasoning_steps": family.STEPS,
+    },
+}
+
+
+def edited(
+    pipe: Any, before: world.Scene, after: world.Scene, seed: int, way: dict[str, Any]
+) -> np.ndarray:
+    return pipe(
+        image=Image.fromarray(world.render(before)[0]),
+        prompt=after.caption,
+        height=64,
+        width=64,
+        num_inference_steps=family.STEPS,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(seed),
+        **way,
+    ).frames[0]
+
+
+EVALUATE = {"wan22-tiny": moving, "wan-i2v-tiny": from_picture, "chronoedit-tiny": edits}
+KINDS: dict[str, dict[str, Any]] = {
+    "wan22-tiny": {},
+    "wan-i2v-tiny": {"_target_": "ditcache.models.wan.WanImageToVideo"},
+    "chronoedit-tiny": {"_target_": "ditcache.models.chronoedit.ChronoEdit"},
+}
+
+
+def drawn(seed: int, count: int) -> list[world.Scene]:
+    rng = np.random.default_rng([seed, 2])
+    return [world.draw_scene(rng) for _ in range(count)]
+
+
+def scores(scenes: list[world.Scene], videos: np.ndarray) -> dict[str, str]:
+    verdicts = [judge.judge(video) for video in videos]
+    found = judge.score(list(zip(scenes, verdicts, strict=True)))
+    return {name: f"{100 * right / asked:.0f} %" for name, (right, asked) in found.items()}
+
+
+def share(right: list[bool]) -> str:
+    return f"{100 * np.mean(right):.0f} %"
+
+
+@torch.no_grad()
+def flow_loss(
+    pipe: Any, transformer: Any, scenes: list[world.Scene], low: float, high: float
+) -> float:
+    """Mean squared error of the velocity on clips nobody has seen, at noise levels in a range."""
+    states = pipe.encode_prompt([s.caption for s in scenes], do_classifier_free_guidance=False)[0]
+    latents = torch.cat([siblings.encode(pipe.vae, world.render(s)[None]) for s in scenes])
+    generator, losses = torch.Generator().manual_seed(5), []
+    for share_ in LEVELS:
+        sigma = low + (high - low) * share_
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = (1 - sigma) * latents + sigma * noise
+        timestep = torch.full((len(scenes),), 1000 * sigma)
+        velocity = transformer(noisy, timestep, states, return_dict=False)[0]
+        losses.append(float((velocity - (noise - latents)).square().mean()))
+    return float(np.mean(losses))
+
+
+def show(member: str, results: Results) -> None:
+    table = Table(title=member)
+    table.add_column("")
+    columns = list(next(iter(results.values())))
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, row in results.items():
+        table.add_row(name, *(row[column] for column in columns))
+    Console().print(table)
+
+
+def sibling_card(member: str, arguments: argparse.Namespace, results: Results) -> str:
+    """CARD.md, with every figure from the evaluation and the training logs."""
+    columns = list(next(iter(results.values())))
+    folder = members.ZOO / member
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in (".safetensors", ".json"))
+    stages = {"wan22-tiny": ("wan22-high", "wan22-low"), "wan-i2v-tiny": ("i2v",)}
+    rows = []
+    for stage in stages.get(member, ("chronoedit",)):
+        last = json.loads((arguments.logs / f"{stage}.jsonl").read_text().splitlines()[-1])
+        rows.append(
+            f"| {stage} | {last['step']} | {last['seconds'] / 60:.0f} min | {last['loss']:.4f} |"
+        )
+    body = Path(__file__).parent / "zoo" / "cards" / f"{member}.md"
+    return body.read_text().format(
+        megabytes=f"{size / 1e6:.2f}",
+        stages="\n".join(rows),
+        seed=train_siblings.SEED,
+        command=f"python scripts/eval_siblings.py --member {member} --clips {arguments.clips} "
+        f"--seed {arguments.seed}",
+        columns=" | ".join(columns),
+        rule="---|" * (len(columns) + 1),
+        rows="\n".join(
+            f"| {name} | {' | '.join(row[column] for column in columns)} |"
+            for name, row in results.items()
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()

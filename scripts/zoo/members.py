@@ -1,0 +1,85 @@
+"""Trained siblings -> pipelines in memory, and the folders that ship."""
+
+import json
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import diffusers
+import torch
+from safetensors.torch import load_file, save_file
+
+from ditcache.models import delta
+from ditcache.models.zoo import BASE, DELTA, SHARED, WEIGHTS
+from zoo import dit, siblings, text
+
+ZOO = Path("ditcache/zoo")
+COMMON = ("text_encoder", "tokenizer", "vae")
+PIPELINES = {
+    "wan22-tiny": "WanPipeline",
+    "wan-i2v-tiny": "WanImageToVideoPipeline",
+    "chronoedit-tiny": "ChronoEditPipeline",
+}
+
+
+def trained(folder: Path, stage: str, model: torch.nn.Module) -> torch.nn.Module:
+    """The model with the average of its weights over training."""
+    model.load_state_dict(torch.load(folder / f"{stage}.pt", weights_only=True)["ema"])
+    return model.eval()
+
+
+def make_pipeline(member: str, folder: Path, base: dit.Denoiser, autoencoder: Any) -> Any:
+    """The diffusers pipeline of one member, from its checkpoints in `folder`."""
+    parts = {
+        "tokenizer": text.make_tokenizer(),
+        "text_encoder": base.text_encoder,
+        "vae": autoencoder,
+        "scheduler": diffusers.UniPCMultistepScheduler.from_pretrained(ZOO / BASE / "scheduler"),
+    }
+    if member == "wan22-tiny":
+        experts = [
+            trained(folder, f"wan22-{name}", dit.Denoiser(parts["tokenizer"])).transformer
+            for name in ("high", "low")
+        ]
+        parts |= {"transformer": experts[0], "transformer_2": experts[1]}
+        parts |= {"boundary_ratio": siblings.BOUNDARY}
+    else:
+        chronoedit = member == "chronoedit-tiny"
+        stage = "chronoedit" if chronoedit else "i2v"
+        model = trained(folder, stage, siblings.PictureDenoiser(base, chronoedit=chronoedit))
+        parts |= {
+            "transformer": model.transformer,
+            "image_encoder": model.image_encoder,
+            "image_processor": siblings.make_image_processor(),
+        }
+    pipe = getattr(diffusers, PIPELINES[member])(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def export(member: str, pipe: Any) -> int:
+    """Write a member's folder: what it shares is named, its transformers are differences. Returns
+    bytes.
+    """
+    origins = dict.fromkeys(COMMON, BASE)
+    if member == "chronoedit-tiny":
+        origins |= dict.fromkeys(("image_encoder", "image_processor"), "wan-i2v-tiny")
+    base = load_file(ZOO / BASE / "transformer" / WEIGHTS)
+    target = ZOO / member
+    with TemporaryDirectory(dir=ZOO) as work:
+        folder = Path(work) / member
+        pipe.save_pretrained(folder, safe_serialization=True)
+        for name in origins:
+            shutil.rmtree(folder / name)
+        for path in folder.glob(f"transformer*/{WEIGHTS}"):
+            save_file(delta.encode(load_file(path), base), path.with_name(DELTA))
+            path.unlink()
+        (folder / SHARED).write_text(json.dumps(origins, indent=2) + "\n")
+        for card in target.glob("*"):
+            if card.name in ("CARD.md", "sample.png"):
+                shutil.copy(card, folder)
+        if target.exists():
+            shutil.rmtree(target)
+        folder.replace(target)
+    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
