@@ -54,6 +54,7 @@ class ForwardHooks:
 
     def __init__(self, cache: StepCache, driver: Driver, context: ContextHook, names: list[str]):
         self.cache, self.driver, self.context, self.names = cache, driver, context, names
+        self.refused = [name for name in PER_BLOCK if name in names]
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if module._compiled_call_impl is not None:
@@ -65,7 +66,7 @@ class ForwardHooks:
         except ValueError:  # none is set
             context = None
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs} if args else kwargs
-        for name in PER_BLOCK:
+        for name in self.refused:
             if inputs.get(name) is not None:
                 raise DitcacheError(f"step cache: does not work with {name}; call disable_cache")
         where = self.cache.finder.find(context, inputs)

@@ -57,9 +57,12 @@ class Work:
         return joined(hidden, text)
 
     def run_one_stream(self) -> Tensor:
-        hidden = self.joined
+        hidden, rest, kwargs = self.joined, self.args[1:], self.kwargs
         for block in self.blocks:
-            out = self.call(block, hidden)
+            if self.args:
+                out = block(hidden, *rest, **kwargs)
+            else:
+                out = block(**{**kwargs, "hidden_states": hidden})
             if not isinstance(out, Tensor):
                 if not isinstance(out, tuple) or any(rest is not None for rest in out[1:]):
                     raise unexpected(block, out, self.layout)
@@ -69,14 +72,14 @@ class Work:
             hidden = out
         return hidden
 
-    def call(self, block: nn.Module, *streams: Tensor) -> Any:
+    def call(self, block: nn.Module, hidden: Tensor, text: Tensor) -> Any:
         """The block as the transformer called it, with other streams."""
         args, kwargs = self.args, self.kwargs
-        count = min(len(streams), len(args))
-        if count < len(streams):
-            names = ("hidden_states", "encoder_hidden_states")[count : len(streams)]
-            kwargs = {**kwargs, **dict(zip(names, streams[count:], strict=True))}
-        return block(*streams[:count], *args[count:], **kwargs)
+        if len(args) > 1:
+            return block(hidden, text, *args[2:], **kwargs)
+        if args:
+            return block(hidden, **{**kwargs, "encoder_hidden_states": text})
+        return block(**{**kwargs, "hidden_states": hidden, "encoder_hidden_states": text})
 
     def returned(self, out: Tensor) -> Any:
         """Joined streams -> what the last block would return."""

@@ -63,7 +63,8 @@ class Unit:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         units, driver = self.blocks, self.blocks.driver
-        work = Work([units[i] for i in self.span], units.layout, args, kwargs)
+        blocks = list(units._modules.values())[self.span.start : self.span.stop]
+        work = Work(blocks, units.layout, args, kwargs)
         work.plain, work.drops_text = self.plain, self.drops_text
         try:
             if self.index is None:
@@ -117,6 +118,7 @@ class UnitList(nn.ModuleList):
         return super().__iter__() if self.driver.call is None else iter(self.units)
 
     def __getitem__(self, index: Any) -> Any:
-        if self.driver.call is not None and index in (slice(None), slice(len(self))):
+        everything = range(len(self))
+        if isinstance(index, slice) and self.driver.call and everything[index] == everything:
             return self.units  # some models iterate `layers[:num_layers]`
         return self.original[index]

@@ -21,7 +21,7 @@ ADVICE = (
 )
 
 
-@dataclass
+@dataclass(slots=True)
 class Where:
     """One forward's place in its run. begins: it is known to be the first of a new run."""
 

@@ -71,15 +71,15 @@ def kept(cache: CacheSettings, shape: Architecture, tokens: int, size: int) -> i
     """
     if cache.policy is None:
         return 0
+    reference = tokens * shape.width * size if cache.policy.probe else 0
     if cache.granularity == "output":
         latents = tokens * 4 * shape.channels * 4  # 2x2 latent pixels per token, in fp32
-        return cache.forecaster.tensors * latents
+        return cache.forecaster.tensors * latents + reference
     blocks = shape.layers - cache.policy.probe - cache.policy.back
     units = {"stack": 1, "per_block": blocks}.get(str(cache.granularity))
     if units is None:
         units = -(-blocks // int(cache.granularity))
-    tensors = units * cache.forecaster.tensors + (1 if cache.policy.probe else 0)
-    return tensors * tokens * shape.width * size
+    return units * cache.forecaster.tensors * tokens * shape.width * size + reference
 
 
 def computed_steps(settings: GenerateSettings) -> int | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ditcache.cache.policies.base import Policy, Schedule
+
 
 @dataclass
 class CfgDelta:
@@ -25,3 +27,11 @@ class CfgDelta:
     def skips(self, step: int, last: int | None) -> bool:
         """Whether uncond is left out at `step` when it last ran at `last`."""
         return last is not None and step - last < self.every
+
+
+@dataclass
+class Always(Policy):
+    """Computes every step: the policy of CFG-delta alone. Static."""
+
+    def mask(self, schedule: Schedule) -> list[bool]:
+        return [True] * schedule.num_steps
