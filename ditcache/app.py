@@ -38,7 +38,7 @@ class NoteFolders(Callback):
         self.note(config.hydra.sweep.dir)
 
     def note(self, folder: str) -> None:
-        path = Path(folder).absolute()
+        path = Path(os.path.abspath(folder))  # without `..`, as Hydra says it
         NoteFolders.first_existing = next(p for p in (path, *path.parents) if p.exists())
         NoteFolders.had_record = (path / ".hydra").exists()
 

@@ -12,7 +12,14 @@ from ditcache.errors import DitcacheError, one_of
 OVERRIDE = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*=")
 DELETION = re.compile(r"~[A-Za-z_][\w./@:-]*$")
 TEXT_KEYS = ("prompt", "negative_prompt")
-PATH_KEYS = ("image", "prompt_file", "model.path", "model.calibration", "cache.policy.calibration")
+PATH_KEYS = (
+    "image",
+    "prompt_file",
+    "model.path",
+    "model.calibration",
+    "cache.policy.calibration",
+    "cache.low.policy.calibration",
+)
 SPECIAL = re.compile(r"[^\w./\\:~@%+-]")  # what a path may hold and Hydra's grammar may not
 
 SWITCHES = {
@@ -50,7 +57,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
         elif argument.startswith("cache.low="):  # short for an option of its own
             overrides.append(f"+cache@{argument}")
         elif argument.startswith("cache.low."):  # says only what differs
-            overrides.append(f"++{argument}")
+            overrides.append(f"++{quoted_override(argument)}")
         elif OVERRIDE.match(argument):
             overrides.append(quoted_override(argument))
         elif DELETION.match(argument):

@@ -96,6 +96,18 @@ def test_files_and_keys(generate, read_mp4, capsys):
     assert "taylorseer" in out and "dB" in out and str(folder) in out.replace("\n", "")
 
 
+def test_d27_the_speed_up_shown_is_the_wall_clocks(generate, capsys):
+    """What the share of computed blocks would allow stands beside it, as what it is."""
+    folder = generate("a red star", "cache=planned", "cache.policy.compute=6", "compare=true")
+    metrics, out = metrics_of(folder), capsys.readouterr().out
+    measured, allowed = metrics["speedup"]["denoise"], 1 / metrics["compute"]["ratio"]
+    assert allowed == pytest.approx(4.0) and measured < 0.95 * allowed
+    assert f"{measured:.2f}x" in out and f"allows {allowed:.2f}x" in out
+    timing = metrics["timing"]["denoise_s"]
+    assert metrics["speedup"]["reached"] == pytest.approx(measured / allowed, rel=1e-3)
+    assert timing > 0
+
+
 def test_without_cache_it_is_diffusers(generate):
     """Latents of the command equal the plain pipeline's, for three prompts in one run and two
     sizes.
@@ -296,3 +308,16 @@ def test_settings_for_the_low_noise_expert_alone(checkpoints, generate):
     assert same["transformer_2"] > fewer["transformer_2"] == 0
     other = skipped("cache.low=fbcache", "cache.low.policy.threshold=9", "cache.low.max_skips=1")
     assert other["transformer"] == same["transformer"] and other["transformer_2"] > 0
+    hold = skipped("cache=taylorseer", "cache.low=interval", "cache.low.head=1")
+    assert hold["transformer_2"] > 0  # the same class with another forecaster
+
+
+def test_a_folder_that_was_there_stays(tmp_path, monkeypatch):
+    """Also under a name that is not the shortest."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text("mine: true")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert cli.run(["generate", "plan=true", "hydra.run.dir=../out"]) == 0
+    assert cli.run(["generate", "steps=0", "hydra.run.dir=../out"]) == 2
+    assert (tmp_path / "out" / "config.yaml").read_text() == "mine: true"

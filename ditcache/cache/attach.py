@@ -85,6 +85,7 @@ class StepCache:
     def detach(self) -> None:
         """Take it off and free what it keeps."""
         self.run.end()
+        self.finder.forget()
         for handle in self.handles:
             handle.remove()
         for transformer in self.experts.values():
@@ -284,7 +285,7 @@ def spans_of(
 def attach_expert(name: str, plan: Plan, cache: StepCache, group: Any) -> None:
     transformer = cache.experts[name]
     driver = Driver(name, plan.settings, cache.run, sum(map(len, plan.spans)), group)
-    context, first = ContextHook(cache.run), 0
+    context, first = ContextHook(cache.run, cache.finder), 0
     names = list(inspect.signature(transformer.forward).parameters)
     forwards = ForwardHooks(cache, driver, context, names)
     cache.contexts.append(context)

@@ -52,6 +52,12 @@ class Driver:
             generation = self.run.begin(schedule_of(self.expert, call.num_steps))
         if self.expert not in generation.masks:
             self.plan(generation, schedule_of(self.expert, call.num_steps))
+        second = generation.step == 0 and call.step > 0
+        if self.settings.cfg and second and "uncond" not in {b for _, b in generation.seen}:
+            raise DitcacheError(
+                "cache.cfg: has no effect, this run has no uncond branch of its own; leave it out, "
+                "or set guidance > 1"
+            )
         generation.enter(self.expert, call.branch, call.step)
         if call.sigma is None and generation.sigmas:
             call.sigma = generation.sigmas[call.step]
@@ -242,9 +248,9 @@ class Driver:
         assert call is not None
         if call.leader is not None and not self.policy.per_unit:
             return call.leader
-        if self.policy.branches_agree and call.branch != "cond":
+        if self.policy.branches_agree and call.branch == "uncond":
             step, branch, computed = generation.decided.get(self.expert, (-1, "", False))
-            if step == call.step and branch == "cond":
+            if step == call.step and branch != "uncond":
                 return computed, "cond"
         if self.settings.max_skips is not None and state.run >= self.settings.max_skips:
             return True, "max_skips"

@@ -16,6 +16,7 @@ from torch import nn
 
 from ditcache.cache.driver import Driver
 from ditcache.cache.run import Call, Run
+from ditcache.cache.where import Finder
 from ditcache.errors import DitcacheError
 
 if TYPE_CHECKING:
@@ -39,13 +40,14 @@ class ContextHook(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, finder: Finder):
         super().__init__()
-        self.run, self.contexts = run, StateManager(BaseState)
+        self.run, self.finder, self.contexts = run, finder, StateManager(BaseState)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """diffusers pipelines call this at the end of a run."""
         self.run.end()
+        self.finder.forget()
         return module
 
 

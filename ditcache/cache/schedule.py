@@ -70,7 +70,8 @@ def time_embeddings(
     @torch.no_grad()
     def embed() -> dict[str, Tensor]:
         weight = embedder.time_embedder.linear_1.weight
-        wave = embedder.timesteps_proj(timesteps.to(weight.device)).to(weight.dtype)
+        device = "cpu" if weight.is_meta else weight.device  # offloaded: its hook fetches both
+        wave = embedder.timesteps_proj(timesteps.to(device)).to(weight.dtype)
         e = embedder.time_embedder(wave)
         e0 = embedder.time_proj(embedder.act_fn(e.to(embedder.time_proj.weight.dtype)))
         return {"e": e.float().cpu(), "e0": e0.float().cpu()}

@@ -183,7 +183,14 @@ def with_low(cfg: DictConfig) -> DictConfig:
     OmegaConf.set_struct(filled, False)
     target = OmegaConf.select(low, "policy._target_") or cfg.cache.policy.get("_target_")
     if target == cfg.cache.policy.get("_target_"):
-        same = OmegaConf.masked_copy(filled.cache, [key for key in filled.cache if key != "low"])
+        other = [
+            part
+            for part in ("forecaster", "cfg")
+            if OmegaConf.select(low, f"{part}._target_")
+            not in (None, OmegaConf.select(cfg.cache, f"{part}._target_"))
+        ]
+        kept = [key for key in filled.cache if key not in ("low", *other)]
+        same = OmegaConf.masked_copy(filled.cache, kept)
         filled.cache.low = OmegaConf.merge(same, filled.cache.low)
     return filled
 

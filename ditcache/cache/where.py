@@ -45,7 +45,7 @@ class Finder:
     timesteps: Tensor | None = None
     first: int = 0
     texts: list[Tensor] = field(default_factory=list)
-    seen: tuple[int, set[str]] = (-1, set())  # step, and the unnamed branches called at it
+    seen: tuple[int, set[str]] = (-1, set())  # step, and the branches called at it
 
     def find(self, context: Any, inputs: dict[str, Any]) -> Where:
         """context: diffusers' `CacheContext`, or None. inputs: the transformer's, by name.
@@ -66,7 +66,15 @@ class Finder:
                 f"step cache: the scheduler is at step {step} of {num_steps}, so this forward is "
                 f"none of its run's; {ADVICE}"
             )
+        if self.seen[0] != step:
+            self.seen = (step, set())
         branch = context.name if context else self.branch_of(step, inputs)
+        if branch in self.seen[1]:
+            raise DitcacheError(
+                f"step cache: the branch {branch} was there already at step {step} of the "
+                f"pipeline's scheduler, which does not seem to be this run's; {ADVICE}"
+            )
+        self.seen[1].add(branch)
         return Where(branch, step, num_steps, begins=begins)
 
     def follow(self, timestep: Tensor | None) -> bool:
@@ -92,8 +100,6 @@ class Finder:
                 f"step cache: the pipeline does not name its branches, and there is no text to "
                 f"tell them by; {ADVICE}"
             )
-        if self.seen[0] != step:
-            self.seen = (step, set())
         known = [i for i, kept in enumerate(self.texts) if kept is text]
         if not known and step == 0 and len(self.texts) < len(BRANCHES):
             known = [len(self.texts)]
@@ -107,8 +113,11 @@ class Finder:
                 f"step cache: the pipeline does not name its branches, and this forward's text "
                 f"{why}, at step {step}; {ADVICE}"
             )
-        self.seen[1].add(free[0])
         return free[0]
+
+    def forget(self) -> None:
+        """Let go of the texts once a run is over."""
+        self.texts = []
 
 
 def first_step(scheduler: Any, timesteps: Tensor, timestep: Tensor | None) -> int:
@@ -122,10 +131,12 @@ def first_step(scheduler: Any, timesteps: Tensor, timestep: Tensor | None) -> in
         return 0
     value = float(timestep.float().max())  # one per token: those that are noisy
     train = float(scheduler.config.num_train_timesteps)
+    precision = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
     for scale in (1.0, train):
         near = (timesteps.float().cpu() - value * scale).abs()
-        index = int(near.argmin())
-        if float(near[index]) <= 1e-3 * max(1.0, value * scale):
+        found = (near == near.min()).nonzero().flatten().tolist()
+        index = found[min(1, len(found) - 1)]  # of two alike the second, as schedulers count
+        if float(near[index]) <= max(1e-3, precision) * max(1.0, value * scale):
             return index
     raise DitcacheError(
         f"step cache: timestep {value:g} is none of the scheduler's, so the step is not known; "

@@ -36,9 +36,10 @@ def denoise(
     same). shift: of the flow schedule (None: the checkpoint's).
     """
     original = bundle.pipe.scheduler
-    scheduler = bundle.pipe.scheduler = make_scheduler(original, shift)
+    scheduler = make_scheduler(original, shift)
     scheduler.set_timesteps(steps, device=bundle.device)
     scheduler.set_begin_index(0)
+    bundle.pipe.scheduler = scheduler
     try:
         return run_steps(
             bundle, inputs, scheduler, guidance, guidance_low or guidance, tuple(callbacks)

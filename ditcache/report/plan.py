@@ -71,15 +71,17 @@ def kept(cache: CacheSettings, shape: Architecture, tokens: int, size: int) -> i
     """
     if cache.policy is None:
         return 0
-    reference = tokens * shape.width * size if cache.policy.probe else 0
+    hidden = tokens * shape.width * size
+    reference = hidden if cache.policy.probe else 0
     if cache.granularity == "output":
         latents = tokens * 4 * shape.channels * 4  # 2x2 latent pixels per token, in fp32
-        return cache.forecaster.tensors * latents + reference
+        return cache.forecaster.tensors * latents + cache.forecaster.indicators * hidden + reference
     blocks = shape.layers - cache.policy.probe - cache.policy.back
     units = {"stack": 1, "per_block": blocks}.get(str(cache.granularity))
     if units is None:
         units = -(-blocks // int(cache.granularity))
-    return units * cache.forecaster.tensors * tokens * shape.width * size + reference
+    tensors = cache.forecaster.tensors + cache.forecaster.indicators
+    return units * tensors * hidden + reference
 
 
 def computed_steps(settings: GenerateSettings) -> int | None:
@@ -87,7 +89,9 @@ def computed_steps(settings: GenerateSettings) -> int | None:
     cache = settings.cache
     if cache.policy is None:
         return settings.steps
-    if cache.low is not None:
+    limits = (cache.low, cache.cfg, cache.max_skips, cache.budget)
+    shape = settings.model.architecture
+    if any(limit is not None for limit in limits) or (shape is not None and shape.experts > 1):
         return None
     schedule = Schedule(settings.steps, cache.head, cache.tail, sigmas=())
     try:

@@ -5,11 +5,17 @@ its branches, video to video and ChronoEdit do not even do that.
 import pytest
 import torch
 from by_hand import cached
-from diffusers import AutoencoderKLWan, WanVideoToVideoPipeline
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    WanVideoToVideoPipeline,
+)
 from PIL import Image
 from test_exactness import DYNAMIC, FULL
 
 import ditcache
+from ditcache.cache import where
 from ditcache.errors import DitcacheError
 
 STEPS = 8
@@ -205,8 +211,9 @@ def test_branches_with_the_same_text(pipes):
 
 
 def forward(pipe, text, step=0):
+    noise = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
     return pipe.transformer(
-        hidden_states=torch.zeros(1, 16, 2, 4, 6),
+        hidden_states=noise * (1 + step / 10),
         timestep=pipe.scheduler.timesteps[step].expand(1),
         encoder_hidden_states=text,
     )
@@ -254,11 +261,56 @@ def test_what_cannot_be_known_is_an_error(pipes):
         forward(pipe, text)
 
 
+def test_a_scheduler_that_does_not_move_is_an_error(pipes):
+    """It is another one that steps; every forward would look like the first."""
+    pipe, text = pipes["wan"], torch.zeros(1, 8, 64)
+    pipe.scheduler.set_timesteps(4)
+    with cached(pipe, "interval"), pipe.transformer.cache_context("cond"):
+        forward(pipe, text)
+        with pytest.raises(DitcacheError, match="branch cond was there already at step 0"):
+            forward(pipe, text)
+
+
+def test_cfg_delta_without_an_uncond_branch_is_an_error(pipes):
+    video = VIDEOS["chronoedit distilled"](pipes)
+    with (
+        cached(video.pipe, "cfg_delta"),
+        pytest.raises(DitcacheError, match="no uncond branch of its own"),
+    ):
+        video()
+
+
+def test_the_first_step_is_found_as_the_scheduler_would():
+    """Heun visits every timestep but the first twice; the second visit begins a step."""
+    heun = FlowMatchHeunDiscreteScheduler()
+    heun.set_timesteps(5)
+    for index in (0, 2, 4):
+        assert where.first_step(heun, heun.timesteps, heun.timesteps[index]) == index
+    euler = FlowMatchEulerDiscreteScheduler()
+    euler.set_timesteps(sigmas=[0.9, 0.7, 0.5, 0.3])
+    for index, timestep in enumerate(euler.timesteps):
+        rounded = timestep.to(torch.bfloat16) / 1000
+        assert where.first_step(euler, euler.timesteps, rounded) == index
+
+
+def test_a_policy_of_one_branch_does_not_mind_its_name(pipes):
+    """Where a pipeline calls its only branch otherwise."""
+    pipe, skipped = pipes["wan"], {}
+    for name in ("cond", "cond_uncond"):
+        with cached(pipe, "seacache", threshold=9.0, head=1, max_skips=1) as cache:
+            for step in range(STEPS):
+                with pipe.transformer.cache_context(
+                    name, step_index=step, num_inference_steps=STEPS, sigma=1 - step / STEPS
+                ):
+                    pipe.scheduler.set_timesteps(STEPS)
+                    forward(pipe, torch.zeros(1, 8, 64), step)
+        skipped[name] = [d.computed for d in cache.trace.decisions]
+    assert skipped["cond"] == skipped["cond_uncond"] and not all(skipped["cond"])
+
+
 def test_a_static_policy_waits_for_the_device_at_the_first_step_only(pipes, monkeypatch):
     video = VIDEOS["video to video"](pipes)
     looks = []
-    from ditcache.cache import where
-
     monkeypatch.setattr(
         where,
         "first_step",

@@ -57,7 +57,7 @@ def test_the_embedded_model_is_as_described(bundle, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("granularity", ["stack", "per_block", "3", "output"])
-@pytest.mark.parametrize("cache", ["taylorseer", "fbcache", "planned"])
+@pytest.mark.parametrize("cache", ["taylorseer", "fbcache", "planned", "dicache"])
 def test_state_is_what_a_run_keeps(monkeypatch, tmp_path, bundle, cache, granularity):
     """The plan's bytes are the store's peak."""
     import ditcache
@@ -83,6 +83,9 @@ def test_what_a_static_policy_computes(monkeypatch, tmp_path):
     assert found["computed_steps"] == 8
     found = count(settings(monkeypatch, tmp_path, "cache=fbcache"))
     assert found["computed_steps"] is None
+    for more in ("cache=cfg_delta", "cache.max_skips=1", "cache.budget=3"):
+        found = count(settings(monkeypatch, tmp_path, "cache=interval", more))
+        assert found["computed_steps"] is None, more
     found = count(settings(monkeypatch, tmp_path))
     assert found["computed_steps"] == 24 and found["state_bytes"] == 0
 

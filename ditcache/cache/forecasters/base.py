@@ -22,6 +22,11 @@ class Forecaster:
         """Residuals kept per unit and branch."""
         return 1
 
+    @property
+    def indicators(self) -> int:
+        """Hidden states kept beside them."""
+        return 0
+
     def check(self, policy: Policy | None) -> None:
         """Raises ValueError if it makes no sense beside this policy."""
 

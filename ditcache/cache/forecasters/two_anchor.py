@@ -35,6 +35,10 @@ class TwoAnchor(Forecaster):
     def tensors(self) -> int:
         return 2
 
+    @property
+    def indicators(self) -> int:
+        return 2
+
     def observe(self, ctx: Context, residual: Tensor) -> None:
         super().observe(ctx, residual)
         ctx.state.put(f"q{ctx.state.computed[-1].slot}", indicator(ctx).clone())

@@ -48,11 +48,11 @@ class EasyCache(Policy):
     def record(self, ctx: Context, computed: bool) -> None:
         if computed:
             ctx.state.values["total"] = 0.0
-        if ctx.latents is not None and ctx.branch == "cond":
+        if ctx.latents is not None and ctx.branch != "uncond":
             ctx.state.put("input", ctx.latents.clone())
 
     def record_output(self, ctx: Context, output: Tensor) -> None:
-        if ctx.branch != "cond":
+        if ctx.branch == "uncond":
             return
         assert ctx.latents is not None
         last, before = ctx.state.get("last_output"), ctx.state.get("last_input")

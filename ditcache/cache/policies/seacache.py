@@ -49,7 +49,7 @@ class SeaCache(Policy):
     def record(self, ctx: Context, computed: bool) -> None:
         if computed:
             ctx.state.values["total"] = 0.0
-        if ctx.branch == "cond":
+        if ctx.branch != "uncond":
             now = ctx.state.values.pop("now", None)  # of this step, if it was asked
             ctx.state.put("before", self.indicator(ctx) if now is None else now)
 
