@@ -52,12 +52,6 @@ class Driver:
             generation = self.run.begin(schedule_of(self.expert, call.num_steps))
         if self.expert not in generation.masks:
             self.plan(generation, schedule_of(self.expert, call.num_steps))
-        second = generation.step == 0 and call.step > 0
-        if self.settings.cfg and second and "uncond" not in {b for _, b in generation.seen}:
-            raise DitcacheError(
-                "cache.cfg: has no effect, this run has no uncond branch of its own; leave it out, "
-                "or set guidance > 1"
-            )
         generation.enter(self.expert, call.branch, call.step)
         if call.sigma is None and generation.sigmas:
             call.sigma = generation.sigmas[call.step]

@@ -271,15 +271,6 @@ def test_a_scheduler_that_does_not_move_is_an_error(pipes):
             forward(pipe, text)
 
 
-def test_cfg_delta_without_an_uncond_branch_is_an_error(pipes):
-    video = VIDEOS["chronoedit distilled"](pipes)
-    with (
-        cached(video.pipe, "cfg_delta"),
-        pytest.raises(DitcacheError, match="no uncond branch of its own"),
-    ):
-        video()
-
-
 def test_the_first_step_is_found_as_the_scheduler_would():
     """Heun visits every timestep but the first twice; the second visit begins a step."""
     heun = FlowMatchHeunDiscreteScheduler()
