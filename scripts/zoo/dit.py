@@ -5,6 +5,7 @@ Letters: B batch, C channels, T H W latent frames and sides, L text tokens, D te
 
 import math
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from zoo import text, vae, world
 
+Attention = TypeVar("Attention", bound="TrainingAttention")
 TEXT_TOKENS = 28  # longest caption kept in training
 
 
@@ -83,11 +85,7 @@ class Denoiser(nn.Module):
         """Switch the blocks to the one-padding-token form; returns the processor that holds the
         bias.
         """
-        processor = TrainingAttention()
-        for block in self.transformer.blocks:
-            block.attn1.set_processor(processor)
-            block.attn2.set_processor(processor)
-        return processor
+        return set_attention(self.transformer, TrainingAttention())
 
     def text_states(self, tokens: torch.Tensor) -> torch.Tensor:
         """token ids [B, L] -> embeddings [B, L + 1, D]; padding and the extra last position are
@@ -96,6 +94,14 @@ class Denoiser(nn.Module):
         mask = tokens != 0
         states = self.text_encoder(tokens, mask.long()).last_hidden_state * mask[..., None]
         return F.pad(states, (0, 0, 0, 1))
+
+
+def set_attention(transformer: nn.Module, processor: Attention) -> Attention:
+    """One processor for all of the blocks' attention; returned, because it holds the bias."""
+    for block in transformer.blocks:
+        block.attn1.set_processor(processor)
+        block.attn2.set_processor(processor)
+    return processor
 
 
 def padding_bias(tokens: torch.Tensor, padded_to: torch.Tensor) -> torch.Tensor:

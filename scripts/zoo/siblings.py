@@ -86,11 +86,7 @@ def render_edit(before: world.Scene, after: world.Scene) -> np.ndarray:
 @torch.no_grad()
 def encode(autoencoder, clips: np.ndarray) -> torch.Tensor:
     """uint8 [N, T, H, W, 3] -> normalised latents, as diffusers' pipelines make them."""
-    mean, spread = (
-        torch.tensor(values).view(1, -1, 1, 1, 1)
-        for values in (autoencoder.config.latents_mean, autoencoder.config.latents_std)
-    )
-    return (vae.encode(autoencoder, vae.to_video(clips))[0] - mean) / spread
+    return encode_video(autoencoder, vae.to_video(clips))
 
 
 @torch.no_grad()
@@ -98,6 +94,11 @@ def encode_picture(autoencoder, picture: np.ndarray, num_frames: int) -> torch.T
     """The condition's latents: a picture uint8 [H, W, 3], then grey."""
     video = torch.zeros(1, 3, num_frames, *picture.shape[:2])
     video[:, :, 0] = vae.to_video(picture[None, None])[:, :, 0]
+    return encode_video(autoencoder, video)
+
+
+def encode_video(autoencoder, video: torch.Tensor) -> torch.Tensor:
+    """Frames [B, 3, T, H, W] in -1..1 -> latents with mean 0 and standard deviation 1."""
     mean, spread = (
         torch.tensor(values).view(1, -1, 1, 1, 1)
         for values in (autoencoder.config.latents_mean, autoencoder.config.latents_std)
@@ -184,11 +185,7 @@ class PictureDenoiser(nn.Module):
         self.text_states = base.text_states
 
     def use_training_attention(self) -> PictureAttention:
-        processor = PictureAttention()
-        for block in self.transformer.blocks:
-            block.attn1.set_processor(processor)
-            block.attn2.set_processor(processor)
-        return processor
+        return dit.set_attention(self.transformer, PictureAttention())
 
     def picture_states(self, pictures: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 64, 64, 3] -> [B, 17, 48], what the pipelines take from the image encoder."""
