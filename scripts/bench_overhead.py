@@ -146,7 +146,7 @@ def opened_turn(transformer: nn.Module, arm: Arm, seconds: float) -> Turn:
     own.blocks = nn.ModuleList(Block(seconds / len(own.blocks)) for _ in own.blocks)
     HookRegistry.check_if_exists_or_initialize(own).invalidate_child_registries_cache()
     register_block()
-    attached = arm.attached(Target(own))
+    attached = arm.attached(Target(own), [range(STEPS)])
     attached.__enter__()
     generator = torch.Generator().manual_seed(0)
     latents = [torch.randn(1, 16, 1, 2, 2, generator=generator) for _ in range(STEPS)]
@@ -172,7 +172,8 @@ class Target(SimpleNamespace):
     """What arms are put on: something with a pipe that has a transformer."""
 
     def __init__(self, transformer: nn.Module):
-        super().__init__(pipe=SimpleNamespace(transformer=transformer))
+        experts = {"transformer": transformer}
+        super().__init__(pipe=SimpleNamespace(**experts), experts=experts)
 
 
 def register_block() -> None:

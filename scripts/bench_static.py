@@ -54,7 +54,7 @@ def main() -> None:
 
 def chosen(tuner: Tuner, budget: int) -> list[Arm]:
     """Every static policy's best setting that computes `budget` steps."""
-    static = [m for m in methods.ours(STEPS) if m.alike and m.name != "with cfg_delta"]
+    static = [m for m in methods.ours(tuner.bench.spans) if m.alike and m.name != "with cfg_delta"]
     rounds = track(static, description=f"tuning, {budget} steps", transient=True)
     return [arm for method in rounds for arm in tuner.best(method, STEPS / budget, "steps")]
 

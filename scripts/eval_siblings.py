@@ -43,10 +43,13 @@ def main() -> None:
         bundle = ditcache.load("tiny", path=f"zoo:{member}", **KINDS[member])
         results, scenes, videos = EVALUATE[member](bundle.pipe, arguments.clips, arguments.seed)
         show(member, results)
+        skills = {} if member == "wan22-tiny" else compare_skills(arguments.clips, arguments.seed)
+        if skills:
+            show("flow loss, lower is better", skills)
         if arguments.write_card:
             folder = members.ZOO / member
             Image.fromarray(card.sample_picture(scenes, videos)).save(folder / "sample.png")
-            text = sibling_card(member, arguments, results)
+            text = sibling_card(member, arguments, results, skills)
             (folder / "CARD.md").write_text(text)
 
 
@@ -175,6 +178,58 @@ def share(right: list[bool]) -> str:
     return f"{100 * np.mean(right):.0f} %"
 
 
+def compare_skills(count: int, seed: int) -> Results:
+    """Both image-conditioned members' flow loss on motion and on edits, in five, eight and two
+    latent frames: each is better at what it was trained for.
+    """
+    names = [name for name in members.PIPELINES if name != "wan22-tiny"]
+    if not all((members.ZOO / name / "model_index.json").is_file() for name in names):
+        return {}
+    pipes = [ditcache.load("tiny", path=f"zoo:{name}", **KINDS[name]).pipe for name in names]
+    rng = np.random.default_rng([seed, 3])
+    edits_drawn = [siblings.draw_edit(rng) for _ in range(min(count, 32))]
+    moves = drawn(seed, min(count, 32))
+    domains = {
+        "motion, 5 latent frames": [(s, world.render(s), None) for s in moves],
+        "motion, 8": [(s, world.render(s, siblings.REASONING_FRAMES), None) for s in moves],
+        "edit, 8": [(a, world.render(b), (b, a, True)) for b, a in edits_drawn],
+        "edit, 2": [(a, world.render(b), (b, a, False)) for b, a in edits_drawn],
+    }
+    results: Results = {name: {} for name in names}
+    for domain, clips in domains.items():
+        for name, pipe in zip(names, pipes, strict=True):
+            results[name][domain] = f"{picture_flow_loss(pipe, clips):.4f}"
+    return results
+
+
+@torch.no_grad()
+def picture_flow_loss(pipe: Any, clips: list[tuple]) -> float:
+    """As `flow_loss`, given the first picture; clips: (scene, frames, edit or None)."""
+    generator, losses = torch.Generator().manual_seed(5), []
+    for scene, frames, edit in track(clips, description="flow loss", transient=True):
+        if edit is None:
+            latents = siblings.encode(pipe.vae, frames[None])
+        else:
+            latents = siblings.edit_latents(pipe.vae, edit[0], edit[1], reasoning=edit[2])
+        picture, count = Image.fromarray(frames[0]), 4 * latents.shape[2] - 3
+        text = pipe.encode_prompt(scene.caption, do_classifier_free_guidance=False)[0]
+        tokens = pipe.encode_image(picture)
+        condition = siblings.encode_picture(pipe.vae, frames[0], count)
+        given = torch.cat([siblings.mask(latents.shape[2]), condition], 1)
+        for sigma in LEVELS:
+            noise = torch.randn(latents.shape, generator=generator)
+            noisy = (1 - sigma) * latents + sigma * noise
+            velocity = pipe.transformer(
+                torch.cat([noisy, given], 1),
+                torch.tensor([1000 * sigma]),
+                text,
+                tokens,
+                return_dict=False,
+            )[0]
+            losses.append(float((velocity - (noise - latents)).square().mean()))
+    return float(np.mean(losses))
+
+
 @torch.no_grad()
 def flow_loss(
     pipe: Any, transformer: Any, scenes: list[world.Scene], low: float, high: float
@@ -204,9 +259,10 @@ def show(member: str, results: Results) -> None:
     Console().print(table)
 
 
-def sibling_card(member: str, arguments: argparse.Namespace, results: Results) -> str:
+def sibling_card(
+    member: str, arguments: argparse.Namespace, results: Results, skills: Results
+) -> str:
     """CARD.md, with every figure from the evaluation and the training logs."""
-    columns = list(next(iter(results.values())))
     folder = members.ZOO / member
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in (".safetensors", ".json"))
     stages = {"wan22-tiny": ("wan22-high", "wan22-low"), "wan-i2v-tiny": ("i2v",)}
@@ -223,13 +279,20 @@ def sibling_card(member: str, arguments: argparse.Namespace, results: Results) -
         seed=train_siblings.SEED,
         command=f"python scripts/eval_siblings.py --member {member} --clips {arguments.clips} "
         f"--seed {arguments.seed}",
-        columns=" | ".join(columns),
-        rule="---|" * (len(columns) + 1),
-        rows="\n".join(
-            f"| {name} | {' | '.join(row[column] for column in columns)} |"
-            for name, row in results.items()
-        ),
+        results=table_of(results),
+        skills=table_of(skills) if skills else "",
     )
+
+
+def table_of(results: Results) -> str:
+    """Markdown."""
+    columns = list(next(iter(results.values())))
+    lines = [f"| | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
+    lines += [
+        f"| {name} | {' | '.join(row[column] for column in columns)} |"
+        for name, row in results.items()
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -76,13 +76,13 @@ def run(cfg: DictConfig) -> None:
 
         bundle = load_once(settings.model)
         check_bundle(bundle, settings)
-        picture = open_picture(settings.image)
+        pictures = [open_picture(path) for path in settings.pictures]
         folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))
 
         # 3) Uncached runs, looked at from all sides.
         inputs = [
             prepare(bundle, settings, text, picture, seed=settings.seed + index)
-            for index, text in enumerate(settings.texts)
+            for index, (text, picture) in enumerate(zip(settings.texts, pictures, strict=True))
         ]
         runs: list[Measured] = []
         for index, one in enumerate(inputs):

@@ -138,6 +138,12 @@ class Model:
             )
         return None
 
+    @property
+    def own_picture(self) -> str | None:
+        """What an embedded image-conditioned model starts from if it is given nothing."""
+        picture = ZOO / self.path[4:] / "picture.png"
+        return str(picture) if self.path.startswith("zoo:") and picture.is_file() else None
+
     def check_folder(self) -> None:
         """Whether a local folder holds the pipeline this model loads; reads no weights and does not
         import torch.

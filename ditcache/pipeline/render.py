@@ -55,14 +55,14 @@ class Renderer:
 
     def __init__(self, bundle: Bundle, settings: GenerateSettings, on_step: OnStep):
         self.bundle, self.settings, self.on_step = bundle, settings, on_step
-        self.picture = open_picture(settings.image)
+        self.pictures = [open_picture(path) for path in settings.pictures]
 
     def render(self, index: int, prompt: str, cache: CacheSettings) -> Video:
         """One video. The cache is attached for this video only, so nothing can leak into the
         next.
         """
         s, clock = self.settings, Clock(self.bundle.device)
-        inputs = prepare(self.bundle, s, prompt, self.picture, seed=s.seed)
+        inputs = prepare(self.bundle, s, prompt, self.pictures[index], seed=s.seed)
         clock.lap("text")
         s.store.reset_counters()
         attached = attach_settings(self.bundle, cache, s.store)
@@ -113,7 +113,7 @@ class Renderer:
         process's start.
         """
         s = self.settings
-        inputs = prepare(self.bundle, s, "warm-up", self.picture, seed=s.seed)
+        inputs = prepare(self.bundle, s, "warm-up", self.pictures[0], seed=s.seed)
         latents = denoise(self.bundle, inputs, steps=2, guidance=s.guidance, shift=s.shift)
         decode_latents(self.bundle, latents)
 
@@ -146,11 +146,11 @@ class Clock:
         self.last = now
 
 
-def open_picture(path: str | None) -> Any:
+def open_picture(path: Path | None) -> Any:
     if path is None:
         return None
     try:
-        return Image.open(Path(path).expanduser()).convert("RGB")
+        return Image.open(path).convert("RGB")
     except UnidentifiedImageError:
         raise ConfigError(f"image: {path} is not a picture") from None
     except OSError as error:

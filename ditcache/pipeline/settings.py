@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ditcache.errors import ConfigError
 from ditcache.models.base import Bundle, Model
 from ditcache.prompts import Prompts, choose_prompts
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
 
 @dataclass(kw_only=True)
 class SamplingSettings:
-    """What to render and how to sample it; `texts` are the prompts in the end."""
+    """What to render and how to sample it; `texts` are the prompts in the end, and `pictures` the
+    file that each starts from, for image-conditioned models.
+    """
 
     model: Model
     prompts: Prompts
@@ -29,6 +34,7 @@ class SamplingSettings:
     guidance_low: float | None = None
     shift: float | None = None
     texts: list[str] = field(init=False)
+    pictures: list[Path | None] = field(init=False)
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("seed", 0)):
@@ -42,14 +48,30 @@ class SamplingSettings:
                 raise ValueError(f"{name}: must be > 0, got {value}")
         self.model.check_size(self.height, self.width, self.num_frames)
         self.texts = choose_prompts(self.prompt, self.prompt_file, self.prompts)
-        if self.model.needs_image and self.image is None:
-            raise ValueError("image: this model starts from a picture; set image=<file>")
         if not self.model.needs_image and self.image is not None:
             raise ValueError("image: this model does not take a picture; set image=null")
+        self.pictures = [None] * len(self.texts)
+        if self.model.needs_image:
+            self.pictures = choose_pictures(self.image or self.model.own_picture, self.texts)
         if self.guidance <= 1 and self.negative_prompt != self.model.negative_prompt:
             raise ValueError("negative_prompt: has no effect without guidance; set guidance > 1")
         if self.guidance <= 1 and self.guidance_low != self.model.guidance_low:
             raise ValueError("guidance_low: has no effect without guidance; set guidance > 1")
+
+
+def choose_pictures(image: str | None, texts: list[str]) -> list[Path | None]:
+    """One picture for all prompts, or a folder's by order of names. Raises ValueError."""
+    if image is None:
+        raise ValueError("image: this model starts from a picture; set image=<file or folder>")
+    path = Path(image).expanduser()
+    if not path.is_dir():
+        return [path] * len(texts)
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    if len(found) != len(texts):
+        raise ValueError(
+            f"image: {path} holds {len(found)} pictures for {len(texts)} prompts; needs one each"
+        )
+    return list(found)
 
 
 def check_bundle(bundle: Bundle, settings: SamplingSettings) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +65,8 @@ class Arm:
             shown = {}  # the method says it
         return " ".join([self.method, *(f"{key}={short(value)}" for key, value in shown.items())])
 
-    def attached(self, bundle: Any) -> Any:
-        return ATTACH[self.who](bundle, self.settings)
+    def attached(self, bundle: Any, spans: list[range]) -> Any:
+        return ATTACH[self.who](bundle, self.settings, spans)
 
 
 def short(value: Any) -> str:
@@ -85,17 +85,22 @@ def picture(compute: list[int], skip: list[int]) -> str:
 
 
 @contextmanager
-def nothing(bundle: Any, settings: dict[str, Any]) -> Iterator[Kept]:
+def nothing(bundle: Any, settings: dict[str, Any], spans: list[range]) -> Iterator[Kept]:
     yield lambda: 0
 
 
 @contextmanager
-def ditcache_cache(bundle: Any, settings: dict[str, Any]) -> Iterator[Kept]:
-    """Ours. A forecaster or cfg given as a dictionary is built with those settings."""
+def ditcache_cache(bundle: Any, settings: dict[str, Any], spans: list[range]) -> Iterator[Kept]:
+    """Ours. A forecaster or cfg given as a dictionary is built with those settings. low_share: the
+    low-noise expert's threshold as a share of the other's.
+    """
     settings = dict(settings)
     if isinstance(settings.get("forecaster"), dict):
         knobs = dict(settings["forecaster"])
         settings["forecaster"] = FORECASTERS[knobs.pop("name")](**knobs)
+    share = settings.pop("low_share", None)
+    if share is not None:
+        settings["low"] = {"threshold": share * settings["threshold"]}
     if isinstance(settings.get("cfg"), dict):
         settings["cfg"] = CfgDelta(**settings["cfg"])
     cache = ditcache.enable_cache(bundle, **settings)
@@ -106,22 +111,39 @@ def ditcache_cache(bundle: Any, settings: dict[str, Any]) -> Iterator[Kept]:
 
 
 @contextmanager
-def diffusers_hooks(bundle: Any, settings: dict[str, Any]) -> Iterator[Kept]:
+def diffusers_hooks(bundle: Any, settings: dict[str, Any], spans: list[range]) -> Iterator[Kept]:
     """diffusers' own caches: settings are a config class's fields and its name."""
-    settings, transformer = dict(settings), bundle.pipe.transformer
-    name = settings.pop("config")
-    if name == "MagCacheConfig" and "mag_ratios" not in settings:
-        settings["mag_ratios"] = magnitudes(bundle, settings["num_inference_steps"])
-    if name == "TaylorSeerCacheConfig":
-        settings["taylor_factors_dtype"] = transformer.dtype  # default bfloat16 loses precision
-    transformer.enable_cache(getattr(hooks, name)(**settings))
-    try:
-        yield lambda: bytes_of(hook_states(transformer))
-    finally:
-        transformer.disable_cache()
+    experts = list(bundle.experts.values())
+    with ExitStack() as stack:
+        for transformer, span in zip(experts, spans, strict=True):
+            fields = own(settings, span)
+            name = fields.pop("config")
+            if name == "MagCacheConfig" and "mag_ratios" not in fields:
+                fields["mag_ratios"] = magnitudes(bundle, span, spans[-1].stop)
+            if name == "TaylorSeerCacheConfig":
+                fields["taylor_factors_dtype"] = transformer.dtype  # bfloat16 loses precision
+            transformer.enable_cache(getattr(hooks, name)(**fields))
+            stack.callback(transformer.disable_cache)
+        yield lambda: bytes_of([hook_states(transformer) for transformer in experts])
 
 
-def magnitudes(bundle: Any, steps: int) -> list[float]:
+def own(settings: dict[str, Any], span: range) -> dict[str, Any]:
+    """A peer's settings for one expert: peers count the calls of each transformer by themselves."""
+    settings = dict(settings)
+    for key in ("steps", "num_inference_steps"):
+        if key in settings:
+            settings[key] = len(span)
+    if "disable_cache_after_step" in settings:
+        settings["disable_cache_after_step"] = len(span) - 1
+    if "mask" in settings:
+        settings["mask"] = settings["mask"][span.start : span.stop]
+    low = settings.pop("warmup_low", None)
+    if low is not None and span.start:
+        settings["warmup"] = low
+    return settings
+
+
+def magnitudes(bundle: Any, span: range, steps: int) -> list[float]:
     """Our calibration's ratios. diffusers keeps one state per branch and counts its steps, so one
     curve serves both.
     """
@@ -129,7 +151,18 @@ def magnitudes(bundle: Any, steps: int) -> list[float]:
     known = load_calibration(name).magcache if name else {}
     if "cond" not in known or known["steps"] != steps:
         raise ConfigError(f"calibration: no magnitude ratios for {steps} steps of this model")
-    return [float(ratio) for ratio in known["cond"]]
+    return [float(ratio) for ratio in known["cond"][span.start : span.stop]]
+
+
+@contextmanager
+def cache_dit(bundle: Any, settings: dict[str, Any], spans: list[range]) -> Iterator[Kept]:
+    """cache-dit's, once per expert."""
+    with ExitStack() as stack:
+        kept = [
+            stack.enter_context(cache_dit_arm.attached(transformer, own(settings, span)))
+            for transformer, span in zip(bundle.experts.values(), spans, strict=True)
+        ]
+        yield lambda: sum(one() or 0 for one in kept)
 
 
 def hook_states(transformer: torch.nn.Module) -> list[Any]:
@@ -146,5 +179,5 @@ ATTACH = {
     "control": nothing,
     "ditcache": ditcache_cache,
     "diffusers": diffusers_hooks,
-    "cache-dit": cache_dit_arm.attached,
+    "cache-dit": cache_dit,
 }

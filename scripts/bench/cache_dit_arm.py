@@ -37,8 +37,8 @@ def is_there() -> bool:
 
 
 @contextmanager
-def attached(bundle: Any, settings: dict[str, Any]) -> Iterator[Callable[[], int | None]]:
-    cache_dit, transformer = library(), bundle.pipe.transformer
+def attached(transformer: Any, settings: dict[str, Any]) -> Iterator[Callable[[], int | None]]:
+    cache_dit = library()
     forward = vars(transformer).get("forward")
     configs = {"cache_config": config_of(settings), "calibrator_config": calibrator_of(settings)}
     with warnings.catch_warnings():

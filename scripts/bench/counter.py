@@ -21,17 +21,19 @@ class BlockCounter:
     all transformer calls.
     """
 
-    def __init__(self, transformer: nn.Module, shares: list[float]):
-        self.num_blocks, self.shares = len(transformer.blocks), shares
+    def __init__(self, experts: list[nn.Module], shares: list[float]):
+        self.num_blocks, self.shares = len(experts[0].blocks), shares
         self.ran = [0] * len(LAYERS)
-        self.handles = [
-            transformer.register_forward_pre_hook(self.begin),
-            transformer.register_forward_hook(self.end, always_call=True),
-        ]
-        for block in transformer.blocks:
-            for part, (name, layer) in enumerate(LAYERS.items()):
-                module = block.get_submodule(f"{name}.{layer}")
-                self.handles.append(module.register_forward_pre_hook(self.tick(part)))
+        self.handles = []
+        for transformer in experts:
+            self.handles += [
+                transformer.register_forward_pre_hook(self.begin),
+                transformer.register_forward_hook(self.end, always_call=True),
+            ]
+            for block in transformer.blocks:
+                for part, (name, layer) in enumerate(LAYERS.items()):
+                    module = block.get_submodule(f"{name}.{layer}")
+                    self.handles.append(module.register_forward_pre_hook(self.tick(part)))
         self.reset()
 
     def reset(self) -> None:

@@ -14,9 +14,10 @@ from bench.arms import Arm
 from bench.counter import BlockCounter, shares_of_parts
 from torch import Tensor
 
+from ditcache.cache.schedule import span_of
 from ditcache.metrics.psnr import psnr, psnr_per_frame
 from ditcache.metrics.ssim import ssim
-from ditcache.pipeline.denoise import denoise
+from ditcache.pipeline.denoise import denoise, make_scheduler
 from ditcache.pipeline.inputs import Inputs, draw_inputs
 from ditcache.pipeline.text import encode_text
 
@@ -46,7 +47,9 @@ class Bench:
         self.transformer = bundle.pipe.transformer
         one = self.inputs("a", 0)
         run = partial(denoise, bundle, one, steps=1, guidance=GUIDANCE)
-        self.counter = BlockCounter(self.transformer, shares_of_parts(self.transformer, run))
+        shares = shares_of_parts(self.transformer, run)
+        self.counter = BlockCounter(list(bundle.experts.values()), shares)
+        self.spans = spans_of(bundle, num_steps)
 
     def inputs(self, prompt: str, seed: int) -> Inputs:
         text = encode_text(self.bundle, prompt, negative_prompt="", guidance=GUIDANCE)
@@ -67,7 +70,7 @@ class Bench:
             noise = torch.randn(inputs.latents.shape, generator=torch.Generator().manual_seed(1))
             inputs = Inputs(inputs.latents + control["moved"] * noise, inputs.text)
         most: list[int | None] = []
-        with arm.attached(self.bundle) as kept:
+        with arm.attached(self.bundle, self.spans) as kept:
             callbacks = [lambda step: most.append(kept())] if watch else []
             self.counter.reset()
             started = time.perf_counter()
@@ -98,6 +101,14 @@ class Bench:
 
     def close(self) -> None:
         self.counter.remove()
+
+
+def spans_of(bundle: Any, num_steps: int) -> list[range]:
+    """The steps of each expert."""
+    scheduler = make_scheduler(bundle.pipe.scheduler, None)
+    scheduler.set_timesteps(num_steps)
+    spans = [span_of(bundle, expert, scheduler.timesteps) for expert in bundle.experts]
+    return [range(*span) for span in spans]
 
 
 def compared(reference: np.ndarray, frames: np.ndarray) -> dict[str, float]:

@@ -3,6 +3,9 @@
 A method has arms with one knob open, which is then turned until the compute is right, or ready
 settings of which those with the right compute are taken. Ours and the peers' get the same kind of
 choice: how many steps compute at the start, hold or forecast, how long a run of skips may be.
+
+spans: the steps of each expert. Each expert computes its first step; peers count every expert's
+steps from zero.
 """
 
 from __future__ import annotations
@@ -89,16 +92,20 @@ def exact(steps: int) -> list[Arm]:
 
 
 def controls() -> list[Arm]:
-    fewer = [Arm("control", f"{count} steps, no cache", {"steps": count}) for count in (14, 12, 10)]
-    fewer.append(Arm("control", "8 steps, no cache", {"steps": 8}))
+    fewer = [
+        Arm("control", f"{count} steps, no cache", {"steps": count})
+        for count in (14, 13, 12, 10, 8)
+    ]
     return [*fewer, Arm("control", "initial noise moved", {"moved": 1e-4})]
 
 
-def methods(steps: int) -> list[Method]:
-    return [*ours(steps), *diffusers_methods(steps), *cache_dit_methods(steps)]
+def methods(spans: list[range]) -> list[Method]:
+    return [*ours(spans), *diffusers_methods(spans), *cache_dit_methods(spans)]
 
 
-def ours(steps: int) -> list[Method]:
+def ours(spans: list[range]) -> list[Method]:
+    steps = spans[-1].stop
+
     def choices(policy: str, *rest: Settings) -> list[Settings]:
         return [{"policy": policy, **settings} for settings in rest]
 
@@ -109,7 +116,7 @@ def ours(steps: int) -> list[Method]:
         for forecaster in (hold, line)
     ]
     heads = [{"head": head, **forecaster} for head in (1, 4) for forecaster in (hold, line)]
-    patterns = [run_length_settings(mask) for mask in every_placement(steps)]
+    patterns = [run_length_settings(mask) for mask in every_placement(spans)]
     grid = [{"head": h, "every": e} for h in range(1, 11) for e in range(2, 9)]
     magcache = [{"max_run": k, "retention": r} for k in (2, 4, 6) for r in (0.1, 0.2)]
     teacache = [
@@ -117,12 +124,17 @@ def ours(steps: int) -> list[Method]:
         for signal, head in (("e0", 5), ("e", 1))
         for f in (hold, line)
     ]
+
+    def known(computed: Callable[[Settings], int]) -> Callable[[Settings], int] | None:
+        return computed if len(spans) == 1 else None  # two experts: measured
+
     return [
+        *(per_expert() if len(spans) > 1 else []),
         Method(
             "ditcache",
             "interval",
             ready=choices("interval", *grid),
-            computed=lambda s: interval_steps(s, steps),
+            computed=known(lambda s: interval_steps(s, steps)),
             alike=True,
         ),
         Method(
@@ -132,7 +144,7 @@ def ours(steps: int) -> list[Method]:
                 "taylorseer",
                 *({**place, **f} for f in (line, snr, {"granularity": "output"}) for place in grid),
             ),
-            computed=lambda s: interval_steps(s, steps),
+            computed=known(lambda s: interval_steps(s, steps)),
             alike=True,
         ),
         Method(
@@ -189,6 +201,33 @@ def ours(steps: int) -> list[Method]:
     ]
 
 
+def per_expert() -> list[Method]:
+    """Settings of its own for each expert, in everything that both have."""
+    places = [{"head": head, "every": every} for head in (1, 2, 4) for every in (2, 3, 4, 5)]
+    pairs = [{**high, "low": low} for high in places for low in places if high != low]
+    skips = [{"head": 1, "max_skips": 4}, {"head": 2, "max_skips": 2}]
+    shares = [
+        {**place, "forecaster": TAYLOR, "low_share": share}
+        for place in skips
+        for share in (0.5, 2.0)
+    ]
+    return [
+        Method(
+            "ditcache",
+            f"{policy}, per expert",
+            ready=[{"policy": policy, **pair} for pair in pairs],
+            alike=True,
+        )
+        for policy in ("interval", "taylorseer")
+    ] + [
+        Method(
+            "ditcache",
+            "seacache, per expert",
+            open=[{"policy": "seacache", **one} for one in shares],
+        )
+    ]
+
+
 def with_cfg_delta(steps: int) -> list[Settings]:
     """A policy and CFG-delta together."""
     policies: list[Settings] = [
@@ -198,7 +237,9 @@ def with_cfg_delta(steps: int) -> list[Settings]:
     return [{**policy, "cfg": {"every": every}} for policy in policies for every in (2, 3)]
 
 
-def diffusers_methods(steps: int) -> list[Method]:
+def diffusers_methods(spans: list[range]) -> list[Method]:
+    steps = spans[-1].stop
+
     def choices(config: str, *rest: Settings) -> list[Settings]:
         return [{"config": config, **settings} for settings in rest]
 
@@ -238,21 +279,22 @@ def diffusers_methods(steps: int) -> list[Method]:
             "diffusers",
             "TaylorSeer lite",
             ready=choices("TaylorSeerCacheConfig", *lite),
-            computed=lambda s: taylorseer_steps(s, steps),
+            computed=lambda s: sum(taylorseer_steps(s, len(span)) for span in spans),
             alike=True,
         ),
         Method(
             "diffusers",
             "TaylorSeer attn, ffn",
             ready=choices("TaylorSeerCacheConfig", *parts),
-            computed=lambda s: taylorseer_steps(s, steps),
+            computed=lambda s: sum(taylorseer_steps(s, len(span)) for span in spans),
             alike=True,
         ),
     ]
 
 
-def cache_dit_methods(steps: int) -> list[Method]:
+def cache_dit_methods(spans: list[range]) -> list[Method]:
     """DBCache by threshold, and static masks. DMD needs four computed steps before it works."""
+    steps = spans[-1].stop
     calibrators = [
         {},
         *({"calibrator": name} for name in ("taylorseer1", "taylorseer2", "dmd")),
@@ -262,10 +304,17 @@ def cache_dit_methods(steps: int) -> list[Method]:
     dynamic.append({**base, "warmup": 4, **calibrators[3]})
     for more in ({"Fn": 2}, {"Bn": 1}, {"max_run": 3}):
         dynamic.append({**base, "warmup": 4, **more})
+    if len(spans) > 1:
+        pairs = ((4, 2), (4, 1), (2, 1))
+        dynamic += [
+            {**base, "warmup": high, "warmup_low": low, **c}
+            for high, low in pairs
+            for c in calibrators[:2]
+        ]
     static = {"Fn": 1, "threshold": 0.08, "mask_policy": "static"}
     masked = [
         {**static, "mask": "".join(map(str, mask)), **c}
-        for mask in every_placement(steps)
+        for mask in every_placement(spans)
         for c in calibrators
     ]
     return [
@@ -281,8 +330,11 @@ def cache_dit_methods(steps: int) -> list[Method]:
     ]
 
 
-def every_placement(steps: int) -> list[list[int]]:
-    return [mask for count in range(4, steps) for mask in masks.placements(count, steps)]
+def every_placement(spans: list[range]) -> list[list[int]]:
+    steps, starts = spans[-1].stop, [span.start for span in spans]
+    found = [mask for count in range(4, steps) for mask in masks.placements(count, steps)]
+    opened = [[int(step in starts or on) for step, on in enumerate(mask)] for mask in found]
+    return list({tuple(mask): mask for mask in opened}.values())
 
 
 def run_length_settings(mask: list[int]) -> Settings:

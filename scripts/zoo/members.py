@@ -7,12 +7,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ditcache.models import delta
 from ditcache.models.zoo import BASE, DELTA, SHARED, WEIGHTS
-from zoo import dit, siblings, text
+from zoo import dit, siblings, text, world
 
 ZOO = Path("ditcache/zoo")
 COMMON = ("text_encoder", "tokenizer", "vae")
@@ -58,6 +60,29 @@ def make_pipeline(member: str, folder: Path, base: dit.Denoiser, autoencoder: An
     return pipe
 
 
+def own_picture(member: str) -> np.ndarray:
+    """uint8 [H, W, 3]: what a member starts from if it is given no picture: the star of
+    conf/prompts/one.yaml and edits.yaml.
+    """
+    start = (32.0, 32.0) if member == "chronoedit-tiny" else (47.0, 32.0)
+    scene = world.Scene(
+        "star",
+        "red",
+        "blue",
+        "striped",
+        "left",
+        radius=13.0,
+        start=start,
+        travel=30.0,
+        colour_rgb=world.OBJECT_COLOURS["red"],
+        background_rgb=world.BACKGROUNDS["blue"],
+        texture_seed=7,
+        texture_contrast=0.06,
+        caption="a red star moves left on a striped blue background",
+    )
+    return world.render(scene)[0]
+
+
 def export(member: str, pipe: Any) -> int:
     """Write a member's folder: what it shares is named, its transformers are differences. Returns
     bytes.
@@ -72,12 +97,14 @@ def export(member: str, pipe: Any) -> int:
         pipe.save_pretrained(folder, safe_serialization=True)
         for name in origins:
             shutil.rmtree(folder / name)
+        if member != "wan22-tiny":
+            Image.fromarray(own_picture(member)).save(folder / "picture.png")
         for path in folder.glob(f"transformer*/{WEIGHTS}"):
             save_file(delta.encode(load_file(path), base), path.with_name(DELTA))
             path.unlink()
         (folder / SHARED).write_text(json.dumps(origins, indent=2) + "\n")
         for card in target.glob("*"):
-            if card.name in ("CARD.md", "sample.png"):
+            if card.name in ("CARD.md", "sample.png"):  # eval_siblings.py writes them
                 shutil.copy(card, folder)
         if target.exists():
             shutil.rmtree(target)

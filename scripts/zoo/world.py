@@ -100,11 +100,13 @@ def draw_caption(
     return f"{subject} {preposition} a {surface} background"
 
 
-def render(scene: Scene) -> np.ndarray:
-    """scene -> uint8 [T, H, W, 3], soft edges, mild shading."""
+def render(scene: Scene, num_frames: int = NUM_FRAMES) -> np.ndarray:
+    """scene -> uint8 [T, H, W, 3], soft edges, mild shading; the same way in any number of
+    frames.
+    """
     ys, xs = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32) + 0.5
     backdrop = np.array(scene.background_rgb, np.float32) + texture_field(scene, xs, ys)[..., None]
-    progress = np.linspace(0, 1, NUM_FRAMES, dtype=np.float32)[:, None, None]
+    progress = np.linspace(0, 1, num_frames, dtype=np.float32)[:, None, None]
     dx, dy = DIRECTIONS[scene.direction]
     local_x = xs - (scene.start[0] + dx * scene.travel * progress)
     local_y = ys - (scene.start[1] + dy * scene.travel * progress)

@@ -187,7 +187,7 @@ def test_cache_dit_on_the_pipeline_says_the_same(bench, bundle, inputs, uncached
 
 
 def test_an_arm_can_be_written_down():
-    for method in methods.methods(24):
+    for method in methods.methods([range(24)]):
         for settings in [*method.open, *method.ready]:
             assert json.loads(json.dumps(settings)) == settings
     arm = Arm("ditcache", "scm", {"policy": "scm", "preset": None, "compute": [2, 1], "skip": [3]})
@@ -204,7 +204,7 @@ def test_masks_have_the_steps_they_are_asked_for():
 
 def test_step_counts_are_known_without_a_run(bench, inputs):
     """For a few settings of every method that claims to know them."""
-    for method in methods.methods(STEPS):
+    for method in methods.methods([range(STEPS)]):
         if method.computed is None or method.name == "planned":
             continue
         if method.who == "cache-dit":
@@ -276,13 +276,13 @@ def test_policies_end_to_end(bundle, tmp_path, monkeypatch, capsys):
         Arm("diffusers", "SeaCache", {"config": "SeaCacheConfig", "threshold": 2.0}),
     ]
     ready = [{"policy": "interval", "head": 1, "every": every} for every in (2, 3)]
-    every = [m for m in methods.methods(STEPS) if m.name == "FirstBlockCache"]
+    every = [m for m in methods.methods([range(STEPS)]) if m.name == "FirstBlockCache"]
     every.append(methods.Method("ditcache", "interval", ready=ready, alike=True))
     monkeypatch.setattr("ditcache.load", lambda name: bundle)
     monkeypatch.setattr(bench_policies, "STEPS", STEPS)
     monkeypatch.setattr(bench_policies, "TARGETS", (1.5,))
     monkeypatch.setattr(methods, "defaults", lambda steps: arms)
-    monkeypatch.setattr(methods, "methods", lambda steps: every)
+    monkeypatch.setattr(methods, "methods", lambda spans: every)
     monkeypatch.setattr(methods, "controls", lambda: [Arm("control", "4 steps", {"steps": 4})])
     arguments = ["--limit", "1", "--tune", "1", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench_policies.py", *arguments])
@@ -316,7 +316,7 @@ def test_static_policies_meet_at_equal_steps(bundle, monkeypatch, capsys):
     )
     both = [planned, interval]
     monkeypatch.setattr("ditcache.load", lambda name: bundle)
-    monkeypatch.setattr(methods, "ours", lambda steps: both)
+    monkeypatch.setattr(methods, "ours", lambda spans: both)
     monkeypatch.setattr(
         "sys.argv", ["bench_static.py", "--budgets", "7", "--limit", "1", "--tune", "1"]
     )
