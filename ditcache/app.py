@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ditcache.cli import conf_dir, fail, groups, options
-from ditcache.errors import DitcacheError, first_line, one_of
+from ditcache.errors import DitcacheError, Interrupted, first_line, one_of
 
 
 class NoteFolders(Callback):
@@ -30,12 +30,14 @@ class NoteFolders(Callback):
 
     first_existing: Path | None = None
     had_record = False
+    sweep: Path | None = None
 
     def on_run_start(self, config: DictConfig, **kwargs: object) -> None:
         self.note(config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         self.note(config.hydra.sweep.dir)
+        NoteFolders.sweep = Path(config.hydra.sweep.dir)
 
     def note(self, folder: str) -> None:
         path = Path(os.path.abspath(folder))  # without `..`, as Hydra says it
@@ -49,6 +51,7 @@ def run_command(command: str, arguments: list[str], *, program: str | None = Non
     sys.argv = [program or f"ditcache {command}", *arguments]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let exceptions reach us
     mistakes: list[int] = []
+    NoteFolders.sweep = None
 
     def task(cfg: DictConfig) -> float | None:
         try:
@@ -58,7 +61,10 @@ def run_command(command: str, arguments: list[str], *, program: str | None = Non
             hydra_config = HydraConfig.get()
             sweeping = hydra_config.mode == RunMode.MULTIRUN
             where = f"ditcache {command}: job {hydra_config.job.num}" if sweeping else ""
-            mistakes.append(fail(f"{where or f'ditcache {command}'}: {explain(error)}"))
+            fail(f"{where or f'ditcache {command}'}: {explain(error)}")
+            mistakes.append(getattr(error, "exit_code", 2))
+            if isinstance(error, Interrupted):
+                raise KeyboardInterrupt from None
             if sweeping:  # so that the launcher counts it as failed; the other jobs still run
                 raise
             return None
@@ -67,12 +73,24 @@ def run_command(command: str, arguments: list[str], *, program: str | None = Non
         conf = str(conf_dir().resolve())
         hydra.main(version_base="1.3", config_path=conf, config_name=module)(task)()
     except KeyboardInterrupt:
-        print(f"ditcache {command}: interrupted; what was finished is kept", file=sys.stderr)
-        return 130
+        if 130 not in mistakes:
+            print(f"ditcache {command}: interrupted; what was finished is kept", file=sys.stderr)
+        mistakes.append(130)
     except (DitcacheError, HydraException, OmegaConfBaseException, OSError) as error:
         if not mistakes:
             mistakes.append(fail(f"ditcache {command}: {explain(error)}"))
-    return mistakes[0] if mistakes else 0
+    if NoteFolders.sweep is not None:
+        finish_sweep(module, NoteFolders.sweep)
+    return max(mistakes) if mistakes else 0
+
+
+def finish_sweep(module: str, folder: Path) -> None:
+    """Let the command look at all finished jobs together, also after one has failed. (Hydra's
+    on_multirun_end does not come then.)
+    """
+    after = getattr(import_module(f"ditcache.commands.{module}"), "after_sweep", None)
+    if after is not None:
+        after(folder)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,35 @@
 """The exceptions a user may see. Each is one line; the command line prints it without a traceback
-and exits with 2.
+and exits with 2, unless the error says otherwise.
 """
 
 from collections.abc import Iterable
 
 
 class DitcacheError(Exception):
-    """Something the user can mend: a wrong value, a missing file, a model that is not there."""
+    """Something the user can mend: a wrong value, a missing file, a model that is not there.
+
+    exit_code: of the command line.
+    """
+
+    exit_code = 2
 
 
 class ConfigError(DitcacheError):
     """A wrong value in the configuration; the message starts with its path, as in
     `cache.policy.every: ...`.
     """
+
+
+class GateFailed(DitcacheError):
+    """Everything ran, and what it came to is not what was asked for."""
+
+    exit_code = 1
+
+
+class Interrupted(DitcacheError):
+    """Ctrl-C in the middle of something that can go on later; the message says how."""
+
+    exit_code = 130
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

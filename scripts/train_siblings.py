@@ -22,7 +22,7 @@ SEED = 20261121
 BASE = Path("ditcache/zoo/wan-tiny")
 MOTION_CLIPS, LONG_CLIPS = 10_000, 4000
 EDIT_CLIPS, REASONING_CLIPS = 8000, 4000
-STEPS = {"wan22-high": 800, "wan22-low": 1400, "i2v": 3000, "chronoedit": 3000}
+STEPS = {"wan22-high": 800, "wan22-low": 1000, "i2v": 2600, "chronoedit": 2200}
 BATCH = 32
 
 

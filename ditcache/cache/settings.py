@@ -170,28 +170,31 @@ def keys_of(node: DictConfig | None) -> list[str]:
     return [str(key) for key in node or () if key != "_target_"]
 
 
-def with_low(cfg: DictConfig) -> DictConfig:
+def with_low(cfg: DictConfig, name: str = "cache") -> DictConfig:
     """The configuration with `cache.low` filled up: it says only what differs, unless it brings a
-    policy of another class, with which nothing is shared.
+    policy of another class, with which nothing is shared. name: where the cache's settings are.
     """
-    low = cfg.cache.get("low")
-    if low is None or OmegaConf.is_missing(cfg.cache, "policy") or cfg.cache.policy is None:
+    cache = cfg[name]
+    low = cache.get("low")
+    if low is None or OmegaConf.is_missing(cache, "policy") or cache.policy is None:
         return cfg
     if not isinstance(low, DictConfig):
-        raise ConfigError(f"cache.low: needs keys of its own, such as cache.low.head=2, got {low}")
+        raise ConfigError(
+            f"{name}.low: needs keys of its own, such as {name}.low.head=2, got {low}"
+        )
     filled = cfg.copy()
     OmegaConf.set_struct(filled, False)
-    target = OmegaConf.select(low, "policy._target_") or cfg.cache.policy.get("_target_")
-    if target == cfg.cache.policy.get("_target_"):
+    target = OmegaConf.select(low, "policy._target_") or cache.policy.get("_target_")
+    if target == cache.policy.get("_target_"):
         other = [
             part
             for part in ("forecaster", "cfg")
             if OmegaConf.select(low, f"{part}._target_")
-            not in (None, OmegaConf.select(cfg.cache, f"{part}._target_"))
+            not in (None, OmegaConf.select(cache, f"{part}._target_"))
         ]
-        kept = [key for key in filled.cache if key not in ("low", *other)]
-        same = OmegaConf.masked_copy(filled.cache, kept)
-        filled.cache.low = OmegaConf.merge(same, filled.cache.low)
+        kept = [key for key in filled[name] if key not in ("low", *other)]
+        same = OmegaConf.masked_copy(filled[name], kept)
+        filled[name].low = OmegaConf.merge(same, filled[name].low)
     return filled
 
 

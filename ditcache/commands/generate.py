@@ -73,12 +73,12 @@ def run(cfg: DictConfig) -> float | None:
             renderer.warm_up()
         records = []
         for index, text in enumerate(settings.texts):
-            baseline = None
+            picture, seed, baseline = renderer.pictures[index], settings.seed, None
             if settings.compare and index % 2 == 0:
-                baseline = renderer.render(index, text, CacheSettings())
-            video = renderer.render(index, text, settings.cache)
+                baseline = renderer.render(index, text, CacheSettings(), picture, seed=seed)
+            video = renderer.render(index, text, settings.cache, picture, seed=seed)
             if settings.compare and index % 2:
-                baseline = renderer.render(index, text, CacheSettings())
+                baseline = renderer.render(index, text, CacheSettings(), picture, seed=seed)
             records.append(write_video(folder, settings, names["cache"], video, baseline))
 
         # 4) The run's own files, then the table.

@@ -24,6 +24,7 @@ from ditcache.pipeline.inputs import Inputs, draw_inputs
 from ditcache.pipeline.text import encode_text
 
 if TYPE_CHECKING:
+    from ditcache.ab.settings import AbTestSettings
     from ditcache.commands.generate import GenerateSettings
     from ditcache.pipeline.settings import SamplingSettings
 
@@ -53,16 +54,30 @@ OnStep = Callable[[str, int, Step, Trace | None], None]
 class Renderer:
     """Renders prompts on one bundle with one set of sampling settings."""
 
-    def __init__(self, bundle: Bundle, settings: GenerateSettings, on_step: OnStep):
+    def __init__(
+        self, bundle: Bundle, settings: GenerateSettings | AbTestSettings, on_step: OnStep
+    ):
         self.bundle, self.settings, self.on_step = bundle, settings, on_step
         self.pictures = [open_picture(path) for path in settings.pictures]
 
-    def render(self, index: int, prompt: str, cache: CacheSettings) -> Video:
+    def render(
+        self,
+        index: int,
+        prompt: str,
+        cache: CacheSettings,
+        picture: Any,
+        *,
+        seed: int,
+        steps: int | None = None,
+        moved: float = 0.0,
+    ) -> Video:
         """One video. The cache is attached for this video only, so nothing can leak into the
-        next.
+        next. moved: that much of other noise is added to the initial noise.
         """
         s, clock = self.settings, Clock(self.bundle.device)
-        inputs = prepare(self.bundle, s, prompt, self.pictures[index], seed=s.seed)
+        inputs = prepare(self.bundle, s, prompt, picture, seed=seed)
+        if moved:
+            inputs.latents = inputs.latents + moved * other_noise(inputs.latents, seed)
         clock.lap("text")
         s.store.reset_counters()
         attached = attach_settings(self.bundle, cache, s.store)
@@ -80,7 +95,7 @@ class Renderer:
             latents = denoise(
                 self.bundle,
                 inputs,
-                steps=s.steps,
+                steps=steps or s.steps,
                 guidance=s.guidance,
                 guidance_low=s.guidance_low,
                 shift=s.shift,
@@ -126,6 +141,12 @@ def prepare(
     text = encode_text(bundle, prompt, negative_prompt=s.negative_prompt, guidance=s.guidance)
     size = {"height": s.height, "width": s.width, "num_frames": s.num_frames}
     return draw_inputs(bundle, text, **size, seed=seed, picture=picture)
+
+
+def other_noise(latents: Tensor, seed: int) -> Tensor:
+    """Like the initial noise, but none of it."""
+    generator = torch.Generator("cpu").manual_seed(2**40 + seed)
+    return torch.randn(latents.shape, generator=generator).to(latents)
 
 
 class Clock:

@@ -161,7 +161,13 @@ def ours(spans: list[range]) -> list[Method]:
             computed=lambda s: s["compute"],
             alike=True,
         ),
-        Method("ditcache", "teacache", open=choices("teacache", *teacache), alike=True),
+        Method(
+            "ditcache",
+            "teacache",
+            open=choices("teacache", *teacache),
+            alike=True,
+            knob="rel_l1_thresh",
+        ),
         Method("ditcache", "magcache", open=choices("magcache", *magcache), alike=True),
         Method(
             "ditcache",

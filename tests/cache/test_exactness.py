@@ -20,7 +20,7 @@ FULL = {  # knobs with which a policy computes everything
     "interval": {"every": 1},
     "taylorseer": {"every": 1},
     "fbcache": {"threshold": 0.0},
-    "teacache": {"threshold": 0.0, "coefficients": [1.0, 0.0]},
+    "teacache": {"rel_l1_thresh": 0.0, "coefficients": [1.0, 0.0]},
     "magcache": {"threshold": 0.0, "ratios": [1.0]},
     "easycache": {"threshold": 0.0},
     "seacache": {"threshold": 0.0},
@@ -34,7 +34,7 @@ SKIPPING = {  # knobs with which it skips something in a run of six steps with h
     "interval": {"every": 2},
     "taylorseer": {"every": 2},
     "fbcache": {"threshold": 0.9},
-    "teacache": {"threshold": 0.35, "coefficients": [1.0, 0.0]},
+    "teacache": {"rel_l1_thresh": 0.35, "coefficients": [1.0, 0.0]},
     "magcache": {
         "threshold": 0.3, "max_run": 1, "retention": 0.0,
         "ratios": [1.0, 0.95, 0.9, 0.9, 0.85, 0.8],
@@ -49,7 +49,7 @@ SKIPPING = {  # knobs with which it skips something in a run of six steps with h
 }  # fmt: skip
 DYNAMIC = ["fbcache", "easycache", "seacache", "dbcache", "dicache"]
 STATIC = sorted(SKIPPING.keys() - {*DYNAMIC})
-THRESHOLDS = [policy for policy, knobs in FULL.items() if "threshold" in knobs]
+THRESHOLDS = [name for name, knobs in FULL.items() if {"threshold", "rel_l1_thresh"} & knobs.keys()]
 GRANULARITIES = ["stack", "per_block", 3, "output"]
 
 

@@ -19,7 +19,7 @@ KNOBS = {  # that skip something in each expert
     "taylorseer": {"every": 3},
     "magcache": {"threshold": 0.3, "max_run": 2, "retention": 0.2, "ratios": [0.95] * STEPS},
     "planned": {"compute": 9},
-    "teacache": {"threshold": 1.2, "coefficients": [1.0, 0.0]},
+    "teacache": {"rel_l1_thresh": 1.2, "coefficients": [1.0, 0.0]},
     "fbcache": {"threshold": 2.0},
     "dbcache": {"threshold": 2.0, "back": 1},
     "seacache": {"threshold": 1.5},

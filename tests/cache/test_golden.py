@@ -151,7 +151,7 @@ def test_teacache_computes_the_steps_of_a_simulation(
     schedule = schedule_reader(pipe)("transformer", sampling[0])
     schedule = Schedule(sampling[0], head=head, tail=tail, embed=schedule.embed)
     for threshold in thresholds:
-        policy = TeaCache(threshold=threshold, signal=signal).fitted(model)
+        policy = TeaCache(rel_l1_thresh=threshold, signal=signal).fitted(model)
         values = signals(embedder, scheduler.timesteps)[signal]
         mask, margin = simulated(values, policy.coefficients, threshold, head, tail)
         assert margin > 1e-4  # so that the order of floating-point sums is harmless
@@ -168,7 +168,7 @@ def test_teacache_starts_anew_with_the_second_expert(embedder):
         transformer_2=SimpleNamespace(condition_embedder=embedder),
         config=SimpleNamespace(boundary_ratio=0.875),
     )
-    policy, found = TeaCache(threshold=0.05, coefficients=[1.0, 0.0]), ""
+    policy, found = TeaCache(rel_l1_thresh=0.05, coefficients=[1.0, 0.0]), ""
     for name in ("transformer", "transformer_2"):
         schedule = schedule_reader(pipe)(name, 40)
         found += digits(policy.mask(schedule))[schedule.first : schedule.end]
@@ -180,7 +180,7 @@ def test_teacache_starts_anew_with_the_second_expert(embedder):
 @pytest.mark.parametrize("signal", ["e", "e0"])
 def test_teacache_live_takes_the_masks_decisions_on_both_branches(pipe, signal):
     pipe.scheduler.set_timesteps(12)
-    policy = TeaCache(threshold=0.2, signal=signal, coefficients=[-0.5, 1.0, 0.02])
+    policy = TeaCache(rel_l1_thresh=0.2, signal=signal, coefficients=[-0.5, 1.0, 0.02])
     expected = digits(policy.mask(schedule_reader(pipe)("transformer", 12)))
     cache = ditcache.enable_cache(pipe, policy, head=1, tail=0)
     generate(pipe, steps=12)

@@ -103,7 +103,7 @@ def relative(value, reference):
 @pytest.mark.parametrize(
     "policy",
     [
-        TeaCache(threshold=0.25, coefficients=[1.0, 0.0]),
+        TeaCache(rel_l1_thresh=0.25, coefficients=[1.0, 0.0]),
         MagCache(threshold=0.3, max_run=9, retention=0.0, ratios=[0.9] * 12),
         EasyCache(threshold=0.25),
         SeaCache(threshold=0.25),
@@ -261,7 +261,7 @@ def test_a_polynomial_is_read_with_its_highest_degree_first():
 def test_teacache_adds_negative_values_as_they_are():
     """Like the original; the absolute value would compute earlier."""
     coefficients = [0.0, 1.0]
-    policy = TeaCache(threshold=1.5, coefficients=coefficients)
+    policy = TeaCache(rel_l1_thresh=1.5, coefficients=coefficients)
     for sign, expected in ((1, "10101010"), (-1, "10000000")):
         schedule = Schedule(8)
         policy.coefficients = [0.0, sign * 1.0]
@@ -270,7 +270,7 @@ def test_teacache_adds_negative_values_as_they_are():
 
 @pytest.mark.parametrize("constant", [-1.0, 0.0, 1.0])
 def test_d32_teacache_at_threshold_zero_computes_whatever_the_polynomial(constant):
-    policy = TeaCache(threshold=0.0, coefficients=[0.0, constant])
+    policy = TeaCache(rel_l1_thresh=0.0, coefficients=[0.0, constant])
     assert all(policy.decide(Schedule(9), [0.1] * 9))
 
 

@@ -14,26 +14,26 @@ SIGNALS = ("e", "e0")
 @dataclass
 class TeaCache(Policy):
     """Add up a polynomial of the time embedding's relative change; compute when the sum reaches
-    `threshold` (TeaCache, arXiv:2411.19108).
+    `rel_l1_thresh` (TeaCache, arXiv:2411.19108).
 
     The embedding depends on the timestep and the weights alone, so the mask is known before the run
     and both branches share it. A negative value of the polynomial is added as it is, like in the
     original. Head and tail steps start the sum anew.
 
-    threshold: 0 skips nothing; published for Wan2.1 at .05 to .3. signal: `e`, the time embedding,
-    or `e0`, its projection that modulates the blocks (the authors' ret mode, used with head=5).
-    coefficients: highest degree first; null takes those of the model's calibration. calibration: an
-    option of conf/calibration or a YAML file; null means the model's.
+    rel_l1_thresh: 0 skips nothing; published for Wan2.1 at .05 to .3. signal: `e`, the time
+    embedding, or `e0`, its projection that modulates the blocks (the authors' ret mode, used with
+    head=5). coefficients: highest degree first; null takes those of the model's calibration.
+    calibration: an option of conf/calibration or a YAML file; null means the model's.
     """
 
-    threshold: float = 0.1
+    rel_l1_thresh: float = 0.1
     signal: str = "e0"
     coefficients: list[float] | None = None
     calibration: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ValueError(f"threshold: must be >= 0, got {self.threshold}")
+        if not self.rel_l1_thresh >= 0:
+            raise ValueError(f"rel_l1_thresh: must be >= 0, got {self.rel_l1_thresh}")
         if self.signal not in SIGNALS:
             raise ValueError(f"signal: no '{self.signal}'. {one_of(self.signal, SIGNALS)}")
         if self.coefficients is not None and len(self.coefficients) < 2:
@@ -80,7 +80,7 @@ class TeaCache(Policy):
                 total = 0.0
                 continue
             total += polynomial(self.coefficients, changes[step])
-            mask[step] = self.threshold <= 0 or not total < self.threshold
+            mask[step] = self.rel_l1_thresh <= 0 or not total < self.rel_l1_thresh
             if mask[step]:
                 total = 0.0
         return mask

@@ -1,0 +1,63 @@
+"""The report's files and its table on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ditcache.report.markdown import write_markdown
+from ditcache.report.page import write_page
+from ditcache.report.run_folder import write_json
+from ditcache.report.summary import human_bytes
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    write_json(folder / "report.json", report)
+    write_markdown(folder, report)
+    write_page(folder, report)
+
+
+def print_report(folder: Path, report: dict[str, Any]) -> None:
+    """One row per arm: speed-up beside the compute ratio, quality with its interval."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    cases = len(report["videos"])
+    title = f"{report['title']}: {cases} case(s), {report['settings']['steps']} steps"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
+    for column in ("", "compute", "speed-up", "of bound", "PSNR dB", "worst", "SSIM", "kept"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in report["rows"]:
+        table.add_row(*cells(row))
+    console = Console()
+    console.print(table)
+    console.print(
+        "compute: blocks of an uncached run over blocks run; speed-up: of denoising, median over\n"
+        "cases; of bound: share of what the skipped blocks allow; PSNR, SSIM: raw frames against\n"
+        "a, mean (95 % interval over cases)",
+        style="dim",
+    )
+    for note in report["notes"]:
+        console.print(note, highlight=False)
+    if report["gate"] is not None:
+        verdict = "passed" if report["gate"]["passed"] else "FAILED"
+        console.print(f"gate {verdict}: {'; '.join(report['gate']['reasons'])}", highlight=False)
+    console.print(str(folder / "report.html"), style="bold", highlight=False, soft_wrap=True)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    found = [row["name"], f"{row['compute_ratio']:.2f}x"]
+    if row["speedup"] is None:
+        found += ["1.00x", ""]
+    else:
+        found += [f"{row['speedup']['median']:.2f}x", f"{100 * row['reached']:.0f} %"]
+    if row["kind"] == "a":
+        found += ["", "", ""]
+    elif row["identical"]:
+        found += ["identical", "", "1"]
+    else:
+        psnr, ssim = row["psnr"], row["ssim"]
+        found.append(f"{psnr['mean']:.1f} ({psnr['low']:.1f}-{psnr['high']:.1f})")
+        found += [f"{psnr['worst']:.1f}", f"{ssim['mean']:.4f}"]
+    return [*found, human_bytes(row["state_bytes"])]
