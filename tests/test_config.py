@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
+from ditcache.ab.settings import AbTestSettings
 from ditcache.cache import settings as cache_settings
 from ditcache.cache.calibration import calibrations, load_calibration
 from ditcache.cache.cfg.delta import CfgDelta
@@ -20,6 +21,7 @@ from ditcache.commands.calibrate import CalibrateSettings
 from ditcache.commands.generate import GenerateSettings
 from ditcache.config import build, locate
 from ditcache.errors import ConfigError
+from ditcache.metrics.measure import MetricSettings
 from ditcache.models.base import Model
 from ditcache.prompts import Prompts
 from ditcache.store.base import Store
@@ -28,16 +30,25 @@ BASES = {
     "cache": CacheSettings,
     "cache/cfg": CfgDelta,
     "cache/forecaster": Forecaster,
+    "metrics": MetricSettings,
     "model": Model,
     "prompts": Prompts,
     "store": Store,
 }
 DATA = conf_dir() / "calibration"  # no config group: models name what they need of it
-YAMLS = sorted(p for p in conf_dir().rglob("*.yaml") if p.parent not in (conf_dir(), DATA))
+LAUNCHERS = conf_dir() / "hydra" / "launcher"
+YAMLS = sorted(
+    p for p in conf_dir().rglob("*.yaml") if p.parent not in (conf_dir(), DATA, LAUNCHERS)
+)
 NAMES = [p.relative_to(conf_dir()).with_suffix("").as_posix() for p in YAMLS]
 
 
-COMMANDS = {"calibrate": CalibrateSettings, "generate": GenerateSettings}
+USED_BY = {"metrics": "ab-test"}  # groups that `generate` does not take
+COMMANDS = {
+    "ab-test": AbTestSettings,
+    "calibrate": CalibrateSettings,
+    "generate": GenerateSettings,
+}
 BESIDE = {  # what an option needs to make sense
     "cache/cfg": ["cache=interval"],
     "cache/forecaster": ["cache=interval"],
@@ -48,7 +59,7 @@ BESIDE = {  # what an option needs to make sense
 
 def composed(*overrides, command="generate"):
     with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        return compose(command, [*overrides])
+        return compose(command.replace("-", "_"), [*overrides])
 
 
 def test_there_are_yamls_and_each_group_is_known():
@@ -59,8 +70,12 @@ def test_there_are_yamls_and_each_group_is_known():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_composes_and_builds(name):
     group, _, option = name.rpartition("/")
+    if group in USED_BY:
+        cfg = composed(f"{group}={option}", command=USED_BY[group])
+        assert isinstance(build(cfg, group, BASES[group]), BASES[group])
+        return
     chosen = [*BESIDE.get(name, BESIDE.get(group, [])), f"{group}={option}"]
-    if "_i2v" in option or option in ("chronoedit", "wan2.2_ti2v_image"):
+    if "i2v" in option or "chronoedit" in option or option == "wan2.2_ti2v_image":
         chosen.append(f"image={Path(__file__)}")
     settings = build(composed(*chosen), "", GenerateSettings)
     assert isinstance(build(composed(*chosen), group.replace("/", "."), BASES[group]), BASES[group])
@@ -91,14 +106,15 @@ def test_keys_are_the_fields_of_the_class(name):
 def test_the_head_comment_holds_a_command_that_uses_it(name):
     text = " ".join(header(conf_dir() / f"{name}.yaml"))
     group, _, option = name.rpartition("/")
-    assert "ditcache generate" in text and f"{group}={option}" in text
+    assert f"ditcache {USED_BY.get(group, 'generate')}" in text and f"{group}={option}" in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_primary_yaml_and_its_keys_are_fields(command):
     assert set(commands()) == set(COMMANDS)
     keys = {str(key) for key in composed(command=command)} - {"hydra"}
-    assert keys == {field.name for field in fields(COMMANDS[command]) if field.init}
+    known = {field.name for field in fields(COMMANDS[command]) if field.init}
+    assert keys == known - {"b"}  # the arm that is there only if it is chosen
 
 
 @pytest.mark.parametrize("policy", sorted({*options("cache")} - {"none", "custom"}))

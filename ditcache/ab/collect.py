@@ -21,7 +21,7 @@ from ditcache.report.pareto import mark_front
 from ditcache.report.run_folder import versions
 
 METRICS = ("psnr", "ssim", "temporal", "flicker", "latent", "lpips", "vmaf")
-NAMES = {"fewer_steps": "fewer steps, no cache", "noise_floor": "noise floor"}
+NAMES = {"fewer_steps": "fewer steps", "noise_floor": "noise floor"}
 PARTS = ("text", "denoise", "decode", "write")
 Entries = Sequence[dict[str, Any]]
 
