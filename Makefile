@@ -4,7 +4,7 @@ PIP_ARGS ?=# e.g. --extra-index-url https://download.pytorch.org/whl/cpu for a s
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check smoke sweep zoo eval-zoo bench calibrate clean
+.PHONY: help setup demo ab gate test check smoke sweep zoo eval-zoo bench calibrate clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -19,6 +19,12 @@ setup: $(BIN)/ditcache  ## a virtual environment in .venv with the tested versio
 demo: setup  ## four captions without and with a cache: videos, table, contact sheet
 	$(BIN)/ditcache generate model=tiny cache=taylorseer prompts=demo compare=true
 
+ab: setup  ## a cache against none: table and page
+	$(BIN)/ditcache ab-test cache=taylorseer
+
+gate: setup  ## the same as a gate: exit code 1 if quality or speed is missed
+	$(BIN)/ditcache ab-test cache=taylorseer gate.min_psnr=38 gate.min_worst_psnr=30 gate.min_ssim=0.99 gate.min_speedup=1.2
+
 test: setup  ## the test suite (CPU, a few minutes)
 	$(BIN)/python -m pytest
 
@@ -30,8 +36,8 @@ check: setup  ## lint, format and types
 smoke: setup  ## one video, no cache
 	$(BIN)/ditcache generate model=tiny
 
-sweep: setup  ## three intervals against the baseline
-	$(BIN)/ditcache generate -m model=tiny cache=taylorseer cache.policy.every=2,3,4 compare=true
+sweep: setup  ## three intervals: table, CSV, Pareto front
+	$(BIN)/ditcache ab-test -m cache=taylorseer cache.policy.every=2,3,4
 
 zoo: setup  ## train the embedded models again (hours); resumes where it stopped
 	$(BIN)/torchrun --nproc-per-node 2 scripts/train_zoo.py

@@ -75,7 +75,7 @@ def test_every_option_composes_and_builds(name):
         assert isinstance(build(cfg, group, BASES[group]), BASES[group])
         return
     chosen = [*BESIDE.get(name, BESIDE.get(group, [])), f"{group}={option}"]
-    if "i2v" in option or "chronoedit" in option or option == "wan2.2_ti2v_image":
+    if "_i2v" in option or "chronoedit" in option or option == "wan2.2_ti2v_image":
         chosen.append(f"image={Path(__file__)}")
     settings = build(composed(*chosen), "", GenerateSettings)
     assert isinstance(build(composed(*chosen), group.replace("/", "."), BASES[group]), BASES[group])

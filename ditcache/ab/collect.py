@@ -71,7 +71,7 @@ def row_of(kind: str, name: str, entries: Entries) -> dict[str, Any]:
     """One arm over its cases."""
     own = [entry for entry in entries if kind in entry["arms"]]
     arms = [entry["arms"][kind] for entry in own]
-    blocks = fmean(arm["blocks"] for arm in arms)
+    seconds, blocks = [arm["seconds"] for arm in arms], fmean(arm["blocks"] for arm in arms)
     # A control's share is of the uncached run, whose blocks are a's in all.
     ratio = fmean(entry["arms"]["a"]["blocks_total"] for entry in own) / blocks
     row: dict[str, Any] = {
@@ -81,7 +81,7 @@ def row_of(kind: str, name: str, entries: Entries) -> dict[str, Any]:
         "steps": round(fmean(arm["steps"] for arm in arms)),
         "compute_ratio": ratio,
         "seconds": {
-            part: median([arm["seconds"][part] for arm in arms if part in arm["seconds"]] or [0.0])
+            part: median(known) if (known := [s[part] for s in seconds if part in s]) else None
             for part in PARTS
         },
         "memory_bytes": max(arm["memory"] for arm in arms),
@@ -164,14 +164,16 @@ def video_of(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def difference_of(cfg: DictConfig) -> list[dict[str, str]]:
-    """Keys of the two caches that differ, as the command line would say them."""
+    """Keys of the two caches that differ, as the command line would say them; null is as good as
+    not there.
+    """
     b = "cache" if cfg.get("b") is None else "b"
     first, second = flat(cfg.a), flat(cfg[b])
     keys = sorted(first.keys() | second.keys())
     return [
         {"key": key, "a": first.get(key, "-"), "b": second.get(key, "-")}
         for key in keys
-        if first.get(key) != second.get(key)
+        if first.get(key, "null") != second.get(key, "null")
     ]
 
 
