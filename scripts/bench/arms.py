@@ -135,8 +135,9 @@ def own(settings: dict[str, Any], span: range) -> dict[str, Any]:
             settings[key] = len(span)
     if "disable_cache_after_step" in settings:
         settings["disable_cache_after_step"] = len(span) - 1
-    if "mask" in settings:
-        settings["mask"] = settings["mask"][span.start : span.stop]
+    for key in ("mask", "mag_ratios"):
+        if key in settings:
+            settings[key] = settings[key][span.start : span.stop]
     low = settings.pop("warmup_low", None)
     if low is not None and span.start:
         settings["warmup"] = low

@@ -19,6 +19,7 @@ from bench import cache_dit_arm, masks, matched, methods, table
 from bench.arms import Arm
 from bench.measure import Bench, compared
 
+import ditcache
 from ditcache.errors import ConfigError
 from ditcache.pipeline.denoise import decode_latents
 
@@ -94,6 +95,44 @@ def test_a_peer_goes_on_and_comes_off(bench, inputs, uncached, name):
     assert torch.equal(bench.run(NONE, inputs).latents, uncached)
     left = set(vars(bench.transformer)) - before - {"forward", "_diffusers_hook", "_cache_config"}
     assert not left and not bench.transformer.is_cache_enabled
+
+
+@pytest.fixture(scope="module")
+def two():
+    """The embedded model with two experts."""
+    bench = Bench(ditcache.load("tiny_wan2.2"), STEPS)
+    yield bench
+    bench.close()
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_goes_onto_both_experts_and_comes_off(two, name):
+    arm = PEERS[name]
+    if arm.who == "cache-dit":
+        pytest.importorskip("cache_dit")
+    assert two.spans == [range(2), range(2, STEPS)]
+    inputs = two.inputs("a red circle moving left", 3)
+    plain = two.run(NONE, inputs)
+    assert (plain.blocks, plain.steps) == (8 * 2 * STEPS, STEPS)
+    first, again = two.run(arm, inputs), two.run(arm, inputs, watch=True)
+    assert torch.equal(first.latents, again.latents), "something is left of the first video"
+    assert 0 < first.blocks < two.all_blocks and 2 <= first.steps < STEPS
+    assert torch.equal(two.run(NONE, inputs).latents, plain.latents)
+    assert not any(expert.is_cache_enabled for expert in two.bundle.experts.values())
+
+
+def test_settings_of_their_own_and_known_counts_on_two_experts(two):
+    inputs = two.inputs("a red circle moving left", 3)
+    settings = {"policy": "interval", "every": 2, "head": 1, "low": {"every": 4}}
+    assert two.run(Arm("ditcache", "", settings), inputs).steps == 4  # 0, 2; and 2, 4, 5
+    for method in methods.methods(two.spans):
+        if method.computed is None or method.name == "planned":
+            continue
+        if method.who == "cache-dit":
+            pytest.importorskip("cache_dit")
+        for settings in method.ready[:: max(1, len(method.ready) // 2)]:
+            video = two.run(method.arm(settings), inputs)
+            assert video.steps == method.computed(settings), method.arm(settings).name
 
 
 def test_the_uncached_loop_counts_every_block(bench, inputs):
