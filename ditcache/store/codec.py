@@ -36,7 +36,7 @@ def compact(tensor: Tensor) -> Tensor:
     """The tensor, detached; a copy if it is a view of something larger, whose memory it would hold
     without being counted.
     """
-    tensor = tensor.detach()
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     if tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone()

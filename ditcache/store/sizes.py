@@ -13,7 +13,7 @@ BY_NAME = {unit.lower(): factor for unit, factor in UNITS.items()}
 FORM = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 
 
-def read_size(name: str, size: int | str | None) -> int | None:
+def read_size(name: str, size: float | str | None) -> int | None:
     """Bytes; None has no limit. name: of the setting, for the message.
 
     Raises ValueError with the allowed forms.

@@ -37,16 +37,16 @@ class TieredStore(Store):
     takes longer to fetch than to compute again; then results depend on timing.
     """
 
-    gpu: int | str | None = "512MiB"
-    cpu: int | str | None = "2GiB"
-    disk: int | str | None = "20GiB"
+    gpu: int | float | str | None = "512MiB"
+    cpu: int | float | str | None = "2GiB"
+    disk: int | float | str | None = "20GiB"
     directory: str | None = None
     remote: str | None = None
     gpu_codec: str = "none"
     cpu_codec: str = "none"
     disk_codec: str = "none"
     skip_slow: bool = False
-    homes: Homes | None = field(default=None, init=False, repr=False)
+    homes: Any = field(default=None, init=False, repr=False)  # a Homes, once open
     hits: int = field(default=0, init=False)
     misses: int = field(default=0, init=False)
     slow: int = field(default=0, init=False)
@@ -123,7 +123,6 @@ class TieredStore(Store):
     def opened(self) -> Homes:
         """The tiers, with every move that has ended taken note of."""
         self.open()
-        assert self.homes is not None
         self.homes.settle()
         return self.homes
 
@@ -165,7 +164,6 @@ class TieredStore(Store):
         from ditcache.store.base import Fault
         from ditcache.store.streams import to_device
 
-        assert self.homes is not None
         homes, staging = self.homes, self.homes.staging
         homes.at[entry.level].move_to_end(entry.key)
         if entry.key in staging.copies:
@@ -201,7 +199,6 @@ class TieredStore(Store):
         """Whether all that the unit of `key` would have to fetch takes longer than computing it;
         False while either is not known.
         """
-        assert self.homes is not None
         cost, needed = self.costs.get(key[:4]), 0.0
         for other, entry in self.homes.index.items():
             if other[:4] == key[:4] and entry.level > 0 and other not in self.homes.staging.copies:
@@ -236,7 +233,6 @@ class TieredStore(Store):
         """
         tiers = {}
         for number, tier in enumerate(() if self.homes is None else self.opened().tiers):
-            assert self.homes is not None
             tiers[tier.name] = {
                 "budget": tier.budget,
                 "entries": len(self.homes.at[number]),
