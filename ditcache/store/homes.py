@@ -120,7 +120,7 @@ class Homes:
 
     def limit(self, level: int) -> int:
         """Bytes that entries may fill. Once some live below the first tier, an eighth of it stays
-        free of homes: that is where their copies land.
+        free of homes: there their copies land, and there a new entry waits for an old one to leave.
         """
         budget = self.tiers[level].budget
         assert budget is not None

@@ -199,14 +199,16 @@ class TieredStore(Store):
         """Whether all that the unit of `key` would have to fetch takes longer than computing it;
         False while either is not known.
         """
-        cost, needed = self.costs.get(key[:4]), 0.0
-        for other, entry in self.homes.index.items():
-            if other[:4] == key[:4] and entry.level > 0 and other not in self.homes.staging.copies:
-                rate = self.homes.tiers[entry.level].read_cost
-                if rate is None:
-                    return False
-                needed += rate * entry.size
-        return cost is not None and needed > cost
+        cost = self.costs.get(key[:4])
+        if cost is None:
+            return False
+        far = [
+            entry
+            for other, entry in self.homes.index.items()
+            if other[:4] == key[:4] and other not in self.homes.staging.copies
+        ]
+        rates = [self.homes.tiers[entry.level].read_cost or 0.0 for entry in far]
+        return sum(rate * entry.size for rate, entry in zip(rates, far, strict=True)) > cost
 
     def drop(self, *prefix: int | str) -> None:
         for key in self.keys(prefix):
@@ -268,7 +270,8 @@ def time_a_read(tier: Tier) -> None:
     from ditcache.store.disk import FileTier
 
     packed = pack(torch.zeros(2**18))
-    if not isinstance(tier, FileTier) or (tier.budget or packed.nbytes * 2) < tier.size(packed):
+    fits = tier.budget is None or tier.size(packed) <= tier.budget
+    if not isinstance(tier, FileTier) or not fits:
         return
     try:
         handle = tier.write(packed).result()

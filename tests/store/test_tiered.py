@@ -1,17 +1,17 @@
 """The tiered store against a plain dictionary, under random sequences of operations."""
 
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from ditcache.store.base import Key
-from ditcache.store.disk import DiskTier
 from ditcache.store.tiered import TieredStore
 
 KEYS = st.builds(
@@ -40,92 +40,86 @@ def ones(value, count=1000):
     return torch.full((count,), float(value))
 
 
-class AgainstADictionary(RuleBasedStateMachine):
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("put"), KEYS, SIZES),
+        st.tuples(st.just("get"), KEYS, st.just(0)),
+        st.tuples(st.just("prefetch"), st.lists(KEYS, max_size=5), st.just(0)),
+        st.tuples(st.just("drop"), KEYS, st.integers(0, 5)),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=650, deadline=None)
+@given(st.sampled_from(MEMORY), OPERATIONS)
+def test_memory_tiers_behave_like_a_dictionary_that_may_lose_entries(budgets, operations):
+    with TieredStore(*budgets, disk=0) as store:
+        against_a_dictionary(store, operations)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(DISK), OPERATIONS)
+def test_tiers_with_a_disk_behave_like_a_dictionary_that_may_lose_entries(budgets, operations):
+    with tempfile.TemporaryDirectory() as folder:
+        with TieredStore(*budgets, directory=folder) as store:
+            biggest = watched_files(store)
+            against_a_dictionary(store, operations)
+            budget = store.homes.tiers[-1].budget
+            assert budget is None or max(biggest, default=0) <= budget
+        assert list(Path(folder).iterdir()) == []
+
+
+def against_a_dictionary(store, operations):
     """Contents are right or None, and None only after an eviction; budgets hold at every call."""
-
-    choices = tuple((gpu, cpu, 0) for gpu, cpu in MEMORY)
-
-    @initialize(data=st.data())
-    def begin(self, data):
-        import tempfile
-
-        gpu, cpu, disk = data.draw(st.sampled_from(self.choices))
-        self.folder = tempfile.TemporaryDirectory()
-        directory = self.folder.name if disk != 0 else None
-        self.store = TieredStore(gpu=gpu, cpu=cpu, disk=disk, directory=directory)
-        self.store.open()
-        self.model, self.number, self.biggest = {}, 0, 0
-        self.watch_files()
-
-    def watch_files(self):
-        """Measure the folder while every file is written, as partial files count as well."""
-        for tier in self.store.homes.tiers:
-            if isinstance(tier, DiskTier):
-                store = tier.store
-
-                def watched(name, content, tier=tier, store=store):
-                    store(name, content)
-                    self.biggest = max(self.biggest, size_of(tier))
-
-                tier.store = watched
-
-    @rule(key=KEYS, size=SIZES)
-    def put(self, key, size):
-        self.number += 1
-        self.model[key] = ones(self.number, size)
-        self.store.put(key, self.model[key].clone())
-
-    @rule(key=KEYS)
-    def get(self, key):
-        found, right = self.store.get(key), self.model.get(key)
-        if found is not None:
-            assert right is not None and torch.equal(found, right)
-        elif right is not None:
-            assert self.evictions() > 0
-            del self.model[key]
-
-    @rule(keys=st.lists(KEYS, max_size=5))
-    def prefetch(self, keys):
-        self.store.prefetch(keys)
-
-    @rule(key=KEYS, length=st.integers(0, 5))
-    def drop(self, key, length):
-        self.store.drop(*key[:length])
-        self.model = {k: t for k, t in self.model.items() if k[:length] != key[:length]}
-
-    def evictions(self):
-        return sum(tier["evictions"] for tier in self.store.stats()["tiers"].values())
-
-    @invariant()
-    def bytes_add_up_and_stay_within_the_budgets(self):
-        homes = self.store.homes
-        for level, tier in enumerate(homes.tiers):
-            copies = homes.staging.copies.values() if level == 0 else ()
-            leaving = [f.source.nbytes for f in homes.flights if f.source and f.source.tier is tier]
-            dead = [
-                f.entry.nbytes
-                for f in homes.flights
-                if f.entry is not None and not f.entry.alive and f.tier is tier
-            ]
-            held = sum(entry.nbytes for entry in homes.at[level].values())
-            assert held == homes.held[level]
-            assert tier.used == held + sum(c.nbytes for c in copies) + sum(leaving) + sum(dead)
-            assert tier.budget is None or tier.peak <= tier.budget
-            if isinstance(tier, DiskTier) and tier.budget is not None:
-                assert self.biggest <= tier.budget
-        assert self.store.stats()["tiers"].keys() == {tier.name for tier in homes.tiers}
-
-    def teardown(self):
-        if hasattr(self, "store"):
-            self.store.close()
-            from pathlib import Path
-
-            assert list(Path(self.folder.name).iterdir()) == []
-            self.folder.cleanup()
+    model = {}
+    for number, (operation, key, size) in enumerate(operations):
+        if operation == "put":
+            model[key] = ones(number, size)
+            store.put(key, model[key].clone())
+        elif operation == "get":
+            found, right = store.get(key), model.get(key)
+            if found is not None:
+                assert right is not None and torch.equal(found, right)
+            elif right is not None:
+                assert any(tiers(store, "evictions").values())
+                del model[key]
+        elif operation == "prefetch":
+            store.prefetch(key)
+        else:
+            store.drop(*key[:size])
+            model = {k: t for k, t in model.items() if k[:size] != key[:size]}
+        check_bytes(store.homes)
+    assert not any(tiers(store, "faults").values())
 
 
-class WithDisk(AgainstADictionary):
-    choices = tuple(DISK)
+def check_bytes(homes):
+    """They add up, with copies and moves under way, and never went over a budget."""
+    for level, tier in enumerate(homes.tiers):
+        held = sum(entry.nbytes for entry in homes.at[level].values())
+        assert held == homes.held[level]
+        copies = homes.staging.copies.values() if level == 0 else ()
+        leaving = [f.source.nbytes for f in homes.flights if f.source and f.source.tier is tier]
+        dead = [
+            f.entry.nbytes
+            for f in homes.flights
+            if f.entry is not None and not f.entry.alive and f.tier is tier
+        ]
+        assert tier.used == held + sum(copy.nbytes for copy in copies) + sum(leaving) + sum(dead)
+        assert tier.budget is None or tier.peak <= tier.budget
+
+
+def watched_files(store):
+    """A list that grows by the bytes in the disk tier's folder whenever a file was written."""
+    seen, tier = [], store.homes.tiers[-1]
+    plain = tier.store
+
+    def watched(name, content):
+        plain(name, content)
+        seen.append(size_of(tier))
+
+    tier.store = watched
+    return seen
 
 
 def size_of(tier):
@@ -137,17 +131,6 @@ def size_of(tier):
         except FileNotFoundError:
             continue
     return total
-
-
-QUIET = [HealthCheck.too_slow]
-TestMemory = AgainstADictionary.TestCase
-TestMemory.settings = settings(
-    max_examples=600, stateful_step_count=30, deadline=None, suppress_health_check=QUIET
-)
-TestDisk = WithDisk.TestCase
-TestDisk.settings = settings(
-    max_examples=450, stateful_step_count=30, deadline=None, suppress_health_check=QUIET
-)
 
 
 @pytest.fixture
@@ -269,7 +252,7 @@ def wait_until(condition):
 
 
 def filled(tiered, **budgets):
-    """Eight free entries' room in the first tier, the oldest entries on disk."""
+    """Room for two copies in the first tier, the oldest entries on disk."""
     store = tiered(gpu=16, disk=None, **budgets)
     for unit in range(18):
         store.put(key(unit), ones(unit))
@@ -312,12 +295,12 @@ def test_copies_make_way_for_entries_and_never_the_other_way_round(tiered):
 
 
 def test_an_entry_on_its_way_down_can_be_had_at_once(tiered, monkeypatch):
-    store = tiered(gpu=2, disk=None)
+    store = filled(tiered)
     with gate(store, monkeypatch, "store"):
-        for unit in range(3):
-            store.put(key(unit), ones(unit))
-        assert store.homes.flights
-        assert store.get(key(0))[0] == 0
+        store.put(key(18), ones(18))
+        assert store.homes.flights  # and the new entry did not wait for it
+        going = store.homes.flights[0].entry.key
+        assert store.get(going)[0] == going.unit
 
 
 def test_where_entries_live_does_not_depend_on_how_fast_the_disk_is(tiered, monkeypatch):
@@ -338,7 +321,7 @@ def test_where_entries_live_does_not_depend_on_how_fast_the_disk_is(tiered, monk
 
 
 def test_what_is_slower_to_fetch_than_to_compute_is_a_miss_if_asked_for(tiered):
-    store = tiered(disk=4, skip_slow=True)
+    store = tiered(disk=200, skip_slow=True)
     assert store.wants_cost and store.homes.tiers[-1].read_cost > 0
     store.put(key(), ones(1))
     assert store.get(key()) is not None  # the cost of computing is not known
