@@ -44,8 +44,8 @@ def test_d32_the_same_video_whatever_the_tiers(pipe, policy, tmp_path):
 
 def test_tiny_budgets_cross_every_boundary(pipe, tmp_path):
     with TieredStore(**STORES["tiny"], directory=str(tmp_path)) as store:
-        with cached(pipe, "taylorseer", granularity="per_block", every=2, store=store):
-            generate(pipe)
+        with cached(pipe, "taylorseer", granularity="per_block", every=2, head=1, store=store):
+            by_hand(pipe)
         spills, hits = tiers(store, "spills"), tiers(store, "hits")
         assert spills["gpu"] > spills["cpu"] > 0 and hits["disk"] > 0
         peaks = tiers(store, "bytes_peak")
@@ -70,7 +70,9 @@ def test_every_forecaster_runs_on_any_store(pipe, forecaster, tmp_path):
 def test_what_was_evicted_is_computed_the_same_way_every_time(pipe):
     def run():
         with TieredStore(gpu=5 * ENTRY, cpu=0, disk=0) as store:
-            with cached(pipe, "interval", every=2, granularity="per_block", store=store) as cache:
+            with cached(
+                pipe, "interval", every=2, head=1, granularity="per_block", store=store
+            ) as cache:
                 video = generate(pipe)
             return video, [(d.computed, d.reason) for d in cache.trace.decisions], store.stats()
 
@@ -83,7 +85,7 @@ def test_what_was_evicted_is_computed_the_same_way_every_time(pipe):
 def test_a_store_that_keeps_nothing_gives_the_uncached_video(pipe):
     plain = generate(pipe)
     with TieredStore(gpu=16, cpu=0, disk=0) as store:
-        with cached(pipe, "taylorseer", every=2, store=store) as cache:
+        with cached(pipe, "taylorseer", every=2, head=1, store=store) as cache:
             assert torch.equal(generate(pipe), plain)
         assert cache.trace.computed == len(cache.trace.decisions)
 
@@ -102,7 +104,9 @@ class Watched(DeviceStore):
 @pytest.mark.parametrize("granularity", ["stack", "per_block"])
 def test_a_static_policy_prefetches_exactly_what_it_will_use(pipe, granularity):
     store = Watched()
-    with cached(pipe, "interval", Taylor(1), every=3, tail=1, granularity=granularity, store=store):
+    with cached(
+        pipe, "interval", Taylor(1), every=3, head=1, tail=1, granularity=granularity, store=store
+    ):
         by_hand(pipe, steps=9)
     wanted = {key for name, keys in store.calls if name == "prefetch" for key in keys}
     asked = {key for name, key in store.calls if name == "get"}
@@ -115,14 +119,14 @@ def test_a_static_policy_prefetches_exactly_what_it_will_use(pipe, granularity):
 
 def test_nothing_is_prefetched_once_nothing_will_skip(pipe):
     store = Watched()
-    with cached(pipe, "interval", every=3, tail=3, store=store):
+    with cached(pipe, "interval", every=3, head=1, tail=3, store=store):
         by_hand(pipe, steps=6)
     assert [keys for name, keys in store.calls if name == "prefetch"][-6:] == [[]] * 6
 
 
 def test_residuals_about_to_be_written_over_are_not_prefetched(pipe):
     store = Watched()
-    with cached(pipe, "interval", Taylor(1), every=2, tail=0, store=store):
+    with cached(pipe, "interval", Taylor(1), every=2, head=1, tail=0, store=store):
         by_hand(pipe, steps=7, branches=("cond",))
     prefetched = [keys for name, keys in store.calls if name == "prefetch"]
     slots = [[key.slot for key in keys] for keys in prefetched]
@@ -145,7 +149,7 @@ def test_a_dynamic_policy_prefetches_for_the_next_possible_skip(pipe, policy):
 
 def test_a_video_after_the_other_leaves_the_store_empty(pipe, tmp_path):
     with TieredStore(gpu=ENTRY, cpu=0, disk=None, directory=str(tmp_path)) as store:
-        ditcache.enable_cache(pipe, "interval", every=2, store=store)
+        ditcache.enable_cache(pipe, "interval", every=2, head=1, store=store)
         for seed in (1, 2):
             generate(pipe, seed=seed)
         assert store.stats()["entries"] == 0
@@ -155,7 +159,7 @@ def test_a_video_after_the_other_leaves_the_store_empty(pipe, tmp_path):
 
 def test_costs_of_computing_reach_a_store_that_weighs_them(pipe, tmp_path):
     store = TieredStore(gpu=0, cpu=0, directory=str(tmp_path), skip_slow=True)
-    with store, cached(pipe, "interval", every=2, store=store):
+    with store, cached(pipe, "interval", every=2, head=1, store=store):
         seen = []
         by_hand(pipe, before=lambda step, branch: seen.append(dict(store.costs)))
     assert {key[2] for key in seen[-1]} == {"cond", "uncond"}
