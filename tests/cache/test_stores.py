@@ -55,7 +55,9 @@ def test_tiny_budgets_cross_every_boundary(pipe, tmp_path):
 @pytest.mark.parametrize("forecaster", [Hold(), Taylor(2), TwoAnchor(), Hermite()])
 def test_every_forecaster_runs_on_any_store(pipe, forecaster, tmp_path):
     def outputs(store):
-        with cached(pipe, "interval", forecaster, every=2, granularity=3, store=store) as cache:
+        with cached(
+            pipe, "interval", forecaster, every=2, head=1, granularity=3, store=store
+        ) as cache:
             return by_hand(pipe), decisions(cache)
 
     plain, decided = outputs(DeviceStore())
@@ -131,7 +133,7 @@ def test_residuals_about_to_be_written_over_are_not_prefetched(pipe):
     prefetched = [keys for name, keys in store.calls if name == "prefetch"]
     slots = [[key.slot for key in keys] for keys in prefetched]
     # step 3 skips; 4 computes and writes over slot 0, so only 1 survives until 5, which skips
-    assert slots[:5] == [["0"], ["0"], ["0", "1"], ["1"], ["0", "1"]] or slots[3] == ["1"]
+    assert slots[:5] == [["0"], ["0"], ["0", "1"], ["1"], ["0", "1"]]
 
 
 @pytest.mark.parametrize("policy", ["fbcache", "dbcache", "dicache"])
@@ -162,5 +164,6 @@ def test_costs_of_computing_reach_a_store_that_weighs_them(pipe, tmp_path):
     with store, cached(pipe, "interval", every=2, head=1, store=store):
         seen = []
         by_hand(pipe, before=lambda step, branch: seen.append(dict(store.costs)))
-    assert {key[2] for key in seen[-1]} == {"cond", "uncond"}
-    assert all(cost > 0 for cost in seen[-1].values())
+    assert {key[2] for costs in seen for key in costs} == {"cond", "uncond"}
+    assert all(cost > 0 for costs in seen for cost in costs.values())
+    assert store.costs == {}  # they go with the state
