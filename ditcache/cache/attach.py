@@ -137,6 +137,7 @@ def attach_settings(
     experts, finder = experts_of(target), Finder(getattr(target, "pipe", target))
     if settings.policy is None:
         return StepCache(settings, store, schedule_reader(target, finder), finder)
+    store.open()
     cache = StepCache(settings, store, schedule_reader(target, finder), finder, experts)
     plans, groups = {}, {}
     for name, transformer in experts.items():

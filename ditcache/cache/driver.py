@@ -7,9 +7,11 @@ last one, head, tail, the longest run of skips and the budget. Knows nothing of 
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ditcache.cache.ahead import upcoming
 from ditcache.cache.policies.base import Context, Policy, Schedule
 from ditcache.cache.run import Call, Run
 from ditcache.cache.settings import CacheSettings
@@ -173,7 +175,7 @@ class Driver:
             if forecast is None:
                 computed, reason = True, "missing"
         if forecast is None:
-            out = work.run()
+            out = self.computed(work, state)
         elif self.whole:
             assert call.latents is not None
             out, call.output = work.joined, call.latents.float() + forecast
@@ -185,6 +187,18 @@ class Driver:
             generation.decided[self.expert] = (call.step, call.branch, computed)
         self.remember(context, state, generation, computed, work.joined, out)
         self.note(call, index, computed, reason, context.signal, len(work.blocks), state)
+        self.run.store.prefetch(
+            upcoming(generation, self.settings, self.policy.per_unit, call, index)
+        )
+        return out
+
+    def computed(self, work: Work, state: UnitState) -> Tensor:
+        """The unit's blocks, timed if the store weighs fetching against computing."""
+        if not self.run.store.wants_cost:
+            return work.run()
+        start = now(work.joined)
+        out = work.run()
+        self.run.store.note_cost(state.prefix, now(out) - start)
         return out
 
     def note(
@@ -307,6 +321,15 @@ def agreed(computed: bool, like: Tensor, group: Any) -> bool:
     vote = torch.tensor([int(computed)], device=like.device)
     torch.distributed.all_reduce(vote, torch.distributed.ReduceOp.MAX, group)
     return bool(vote.item())
+
+
+def now(like: Tensor) -> float:
+    """Seconds, once the device of `like` has caught up."""
+    if like.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()
 
 
 def needed(certain: list[bool], kept: list[bool], tensors: int) -> list[bool]:

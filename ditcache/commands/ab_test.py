@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ def run(cfg: DictConfig) -> float | None:
     from ditcache.report.progress import progress
     from ditcache.report.run_folder import chosen_options, open_run_folder
 
-    with progress(steps_of(settings)) as show:
+    with progress(steps_of(settings)) as show, closing(settings.store) as store:
         from ditcache.ab.collect import report_of
         from ditcache.ab.gate import judge
         from ditcache.ab.summary import print_report, write_report
@@ -39,6 +40,7 @@ def run(cfg: DictConfig) -> float | None:
         runner = make_runner(settings, show)
         names = names_of(cfg, chosen_options())
         folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))
+        store.open(folder)
 
         # 3) Search, if asked: compared is then what was found, on the cases it has not seen.
         found = None

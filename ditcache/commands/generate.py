@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
@@ -53,7 +54,7 @@ def run(cfg: DictConfig) -> float | None:
     from ditcache.report.progress import progress
 
     total = len(settings.texts) * settings.steps * (2 if settings.compare else 1)
-    with progress(total) as show:
+    with progress(total) as show, closing(settings.store) as store:
         from ditcache.cache.attach import check_fit
         from ditcache.models.load import load_once
         from ditcache.pipeline.render import Renderer
@@ -66,6 +67,7 @@ def run(cfg: DictConfig) -> float | None:
         check_fit(bundle, settings.cache)
         renderer, names = Renderer(bundle, settings, show), chosen_options()
         folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))
+        store.open(folder)
 
         # 3) Render every prompt, beside its baseline if asked, in alternating order so that drift
         # cancels out; write its files at once.

@@ -45,7 +45,7 @@ class Video:
     seconds: dict[str, float]
     trace: Trace
     state_bytes_peak: int
-    store: dict[str, int] = field(default_factory=dict)
+    store: dict[str, Any] = field(default_factory=dict)
 
 
 OnStep = Callable[[str, int, Step, Trace | None], None]

@@ -55,6 +55,7 @@ def totals(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "timing": summed([entry["timing"] for entry in entries]),
         "compute": compute,
         "state_bytes_peak": max(entry["state_bytes_peak"] for entry in entries),
+        **tiers([entry["store"] for entry in entries]),
         "video": list(entries),
     }
     if all("quality" in entry for entry in entries):
@@ -68,6 +69,25 @@ def totals(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "reached": denoise * compute["block_ratio"],
         }
     return result
+
+
+def tiers(stores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Per tier of a store that has some: bytes at most, and sums over videos of what went wrong or
+    was lost.
+    """
+    seen = [store["tiers"] for store in stores if store.get("tiers")]
+    if not seen:
+        return {}
+    return {
+        "tiers": {
+            name: {
+                "bytes_peak": max(tier[name]["bytes_peak"] for tier in seen),
+                **{key: sum(tier[name][key] for tier in seen) for key in ("evictions", "faults")},
+                **({"codec": seen[0][name]["codec"]} if "codec" in seen[0][name] else {}),
+            }
+            for name in seen[0]
+        }
+    }
 
 
 def summed(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -118,7 +138,18 @@ def print_summary(folder: Path, metrics: dict[str, Any]) -> None:
             f"blocks: share computed, allows {bound:.2f}x ({100 * reached:.0f} % of it reached);\n"
             "kept: cache state at most; PSNR, worst frame, SSIM: raw frames against no cache"
         )
+    if "tiers" in metrics:
+        console.print("kept per tier: " + ", ".join(map(tier_line, metrics["tiers"].items())))
     console.print(str(folder), style="bold", highlight=False, soft_wrap=True)
+
+
+def tier_line(tier: tuple[str, dict[str, Any]]) -> str:
+    """`disk 80 KiB (int8, 2 evictions)`"""
+    name, counts = tier
+    notes = [counts["codec"]] if "codec" in counts else []
+    notes += [f"{counts[key]} {key}" for key in ("evictions", "faults") if counts[key]]
+    held = f"{name} {human_bytes(counts['bytes_peak'])}"
+    return f"{held} ({', '.join(notes)})" if notes else held
 
 
 def seconds(metrics: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ditcache.store.base import Key, Store
 
@@ -22,6 +22,9 @@ class DeviceStore(Store):
     misses: int = field(default=0, init=False)
 
     def put(self, key: Key, tensor: Tensor) -> None:
+        from ditcache.store.codec import compact
+
+        tensor = compact(tensor)
         old = self.entries.get(key)
         self.held += tensor.nbytes - (0 if old is None else old.nbytes)
         self.peak = max(self.peak, self.held)
@@ -42,7 +45,7 @@ class DeviceStore(Store):
     def nbytes(self, *prefix: int | str) -> int:
         return sum(t.nbytes for key, t in self.entries.items() if key[: len(prefix)] == prefix)
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, Any]:
         return {
             "entries": len(self.entries),
             "bytes": self.held,

@@ -151,7 +151,7 @@ def ours(spans: list[range]) -> list[Method]:
             "ditcache",
             "scm",
             ready=choices("scm", *({**p, **f} for p in patterns for f in (hold, line, snr))),
-            computed=lambda s: sum(s["compute"]),
+            computed=known(lambda s: sum(s["compute"])),
             alike=True,
         ),
         Method(

@@ -126,8 +126,8 @@ def test_settings_of_their_own_and_known_counts_on_two_experts(two):
     settings = {"policy": "interval", "every": 2, "head": 1, "low": {"every": 4}}
     assert two.run(Arm("ditcache", "", settings), inputs).steps == 4  # 0, 2; and 2, 4, 5
     for method in methods.methods(two.spans):
-        if method.computed is None or method.name == "planned":
-            continue
+        if method.computed is None or method.name in ("planned", "scm"):
+            continue  # scm's lengths start anew with each expert
         if method.who == "cache-dit":
             pytest.importorskip("cache_dit")
         for settings in method.ready[:: max(1, len(method.ready) // 2)]:
