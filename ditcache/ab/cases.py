@@ -33,7 +33,7 @@ def entry_of(folder: Path, runner: Runner, case: Case) -> dict[str, Any]:
     if known is not None:
         return known
     arms = render(runner, case)
-    entry = {
+    entry: dict[str, Any] = {
         "made_of": made_of,
         "prompt": case.prompt,
         "seed": case.seed,
@@ -106,6 +106,5 @@ def facts(result: Result) -> dict[str, Any]:
 
 def quality(reference: Made, candidate: Made, settings: AbTestSettings) -> dict[str, Any]:
     """Metrics of one arm against a, on raw frames and exact latents."""
-    first, second = reference[1], candidate[1]
-    latents = (np.asarray(made[0].latents.float()) for made in (reference, candidate))
-    return measure(first, second, *latents, settings.metrics)
+    first, second = (np.asarray(made[0].latents.float()) for made in (reference, candidate))
+    return measure(reference[1], candidate[1], first, second, settings.metrics)

@@ -180,7 +180,7 @@ def difference_of(cfg: DictConfig) -> list[dict[str, str]]:
 def flat(node: DictConfig, prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for key, value in node.items():
-        name = f"{prefix}{key}"
+        name = f"{prefix}{key!s}"
         if isinstance(value, DictConfig):
             found |= flat(value, f"{name}.")
         else:

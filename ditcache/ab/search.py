@@ -87,7 +87,7 @@ class Trial:
         if search.target_speedup is not None:
             missing = self.speedup - search.target_speedup
             return (missing >= 0, mean if missing >= 0 else missing)
-        missing = low - (search.target_psnr or search.target_ssim or 0.0)
+        missing = low - search.target
         return (missing >= 0, self.compute_ratio if missing >= 0 else missing)
 
 
@@ -113,15 +113,11 @@ class Found:
         """Whether the target holds on the cases held out, and a sentence that says so."""
         row = next(row for row in report["rows"] if row["kind"] == "b")
         if self.search.target_speedup is not None:
-            name, target, got = (
-                "speed-up",
-                self.search.target_speedup,
-                row["speedup"]["median"],
-            )
+            name, got = "speed-up", row["speedup"]["median"]
         else:
             name = "psnr" if self.search.target_psnr is not None else "ssim"
-            target = self.search.target_psnr or self.search.target_ssim
             got = None if row["identical"] else row[name]["mean"]
+        target = self.search.target
         met = got is None or got >= target
         setting = " ".join(f"{key}={value:g}" for key, value in self.best.values.items())
         shown = "identical" if got is None else f"{got:.4g}"

@@ -73,8 +73,13 @@ class SearchSettings:
                 raise ValueError(f"space.{key}: needs [low, high], got {limits}")
 
     @property
+    def target(self) -> float:
+        """The one that is set; 0 without any."""
+        return self.target_psnr or self.target_ssim or self.target_speedup or 0.0
+
+    @property
     def asked(self) -> bool:
-        return any((self.target_psnr, self.target_ssim, self.target_speedup))
+        return self.target > 0
 
 
 @dataclass(frozen=True)

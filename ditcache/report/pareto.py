@@ -20,6 +20,8 @@ def mark_front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Set `front` on the points of a report: by speed-up and PSNR, equal videos being best. The
     noise floor is no setting and never on it.
     """
+    for point in points:
+        point["front"] = False
     real = [point for point in points if point["kind"] != "noise_floor"]
     best = front([(p["speedup"], float("inf") if p["psnr"] is None else p["psnr"]) for p in real])
     for index, point in enumerate(real):
