@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from bench import cache_dit_arm, methods
 from bench.arms import Arm
-from bench.matched import LEAST, Tuner, allowed
+from bench.matched import LEAST, SENT, Tuner, allowed
 from bench.measure import GUIDANCE, Bench, compared
 from bench.picture import draw
 from bench.table import difference, markdown, summary
@@ -52,7 +52,7 @@ def main() -> None:
     report = Report(arguments, bench, prompts, set(arguments.only or names))
     if tuning:
         inputs = [bench.inputs(text, 5000 + i) for i, text in enumerate(tuning)]
-        report.tune(Tuner(bench, inputs))
+        report.tune(Tuner(bench, inputs, arguments.sent))
         print(f"tuned in {(time.perf_counter() - started) / 60:.1f} minutes", file=sys.stderr)
     shipped = [] if arguments.only else methods.defaults(STEPS)
     report.rehearse([NONE, *shipped, *methods.controls()], prompts[0])
@@ -76,6 +76,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--limit", type=int, help="only the first so many captions")
     parser.add_argument("--tune", type=int, default=6, help="captions to tune on; 0: do not tune")
+    parser.add_argument(
+        "--sent", type=int, default=SENT, help="settings per method that go to the comparison"
+    )
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="tune and compare these alone")
     parser.add_argument("--model", default="tiny", help="an embedded text-to-video model")
     parser.add_argument("--targets", type=float, nargs="+", default=TARGETS, metavar="RATIO")
@@ -86,6 +89,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if (arguments.limit is not None and arguments.limit < 1) or arguments.tune < 0:
         parser.error("--limit must be >= 1 and --tune >= 0")
+    if arguments.sent < 1:
+        parser.error("--sent must be >= 1")
     return arguments
 
 

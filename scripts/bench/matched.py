@@ -80,8 +80,8 @@ class Seen:
 class Tuner:
     """Ratios and quality of arms on the tuning prompts, each measured once."""
 
-    def __init__(self, bench: Bench, inputs: list[Inputs]):
-        self.bench, self.inputs = bench, inputs
+    def __init__(self, bench: Bench, inputs: list[Inputs], sent: int = SENT):
+        self.bench, self.inputs, self.sent = bench, inputs, sent
         none = Arm("control", "none")
         self.references = bench.frames([bench.run(none, one) for one in inputs])
         self.known_ratios: dict[str, Ratios] = {}
@@ -105,7 +105,7 @@ class Tuner:
             rows = [row for arm in arms if (row := self.row(arm, target, unit, count))]
             self.log += rows
         rows.sort(key=lambda row: (allowed(row[f"{unit}_ratio"], target), row["psnr"]))
-        return [method.arm(row["settings"]) for row in rows[-SENT:]]
+        return [method.arm(row["settings"]) for row in rows[-self.sent :]]
 
     def turned(self, method: Method, settings: dict, target: float, unit: str) -> list[Arm]:
         """One open setting with its knob turned to the target."""

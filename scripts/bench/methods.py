@@ -117,7 +117,8 @@ def ours(spans: list[range]) -> list[Method]:
     ]
     heads = [{"head": head, **forecaster} for head in (1, 4) for forecaster in (hold, line)]
     patterns = [run_length_settings(mask) for mask in every_placement(spans)]
-    grid = [{"head": h, "every": e} for h in range(1, 11) for e in range(2, 9)]
+    heads_and_gaps = (range(1, 11), range(2, 9)) if len(spans) == 1 else ((1, 2, 3, 5), range(2, 6))
+    grid = [{"head": h, "every": e} for h in heads_and_gaps[0] for e in heads_and_gaps[1]]
     magcache = [{"max_run": k, "retention": r} for k in (2, 4, 6) for r in (0.1, 0.2)]
     teacache = [
         {"signal": signal, "head": head, **f}
@@ -209,7 +210,7 @@ def ours(spans: list[range]) -> list[Method]:
 
 def per_expert() -> list[Method]:
     """Settings of its own for each expert, in everything that both have."""
-    places = [{"head": head, "every": every} for head in (1, 2, 4) for every in (2, 3, 4, 5)]
+    places = [{"head": head, "every": every} for head in (1, 3) for every in (2, 3, 4, 5)]
     pairs = [{**high, "low": low} for high in places for low in places if high != low]
     skips = [{"head": 1, "max_skips": 4}, {"head": 2, "max_skips": 2}]
     shares = [
