@@ -101,9 +101,9 @@ def digest(key: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A component as data: its class and its fields, all the way down."""
+    """A component as data: its class and its settings, all the way down; not what it keeps."""
     if is_dataclass(value) and not isinstance(value, type):
-        parts = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        parts = {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.init}
         return {"class": type(value).__qualname__, **parts}
     if isinstance(value, dict):
         return {str(name): plain(part) for name, part in value.items()}

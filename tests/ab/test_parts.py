@@ -15,6 +15,8 @@ from ditcache.cache.policies.interval import Interval
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.trace import Decision, Trace
 from ditcache.report.pareto import front, mark_front
+from ditcache.store.base import Key
+from ditcache.store.device import DeviceStore
 
 
 def decision(step, computed, branch="cond", expert="transformer", unit=0):
@@ -71,6 +73,10 @@ def test_a_component_as_data_tells_classes_and_values_apart():
     assert plain(two)["policy"] == {"class": "Interval", "every": 2}
     assert plain(two)["forecaster"]["class"] == "Hold"
     assert digest(plain(two)) != digest(plain(three)) and digest(plain(two)) == digest(plain(two))
+    store = DeviceStore()
+    before = digest(plain(store))
+    store.get(Key(0, "transformer", "cond", 0, "x"))
+    assert store.misses == 1 and digest(plain(store)) == before, "what it keeps is no setting"
     assert canonical({"b": 1, "a": 2}) == canonical({"a": 2, "b": 1})
 
 
