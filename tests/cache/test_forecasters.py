@@ -92,7 +92,7 @@ def test_order_zero_is_hold():
     )
 
 
-def test_d17_counterpart_must_fail():
+def test_d31_d17_counterpart_must_fail():
     """A parabola is not a line: order 1 is wrong on it, by the amount calculus says."""
     (value,) = forecasts(Taylor(order=1), square, [0, 1], [2])
     assert value == 2 != 4
@@ -358,3 +358,23 @@ def test_fitted_is_refused_without_a_plan(pipe):
                 ditcache.enable_cache(pipe, policy, forecaster)
     assert type(pipe.transformer.blocks) is torch.nn.ModuleList
     CacheSettings(policy=plan("##.#", [0.5]), forecaster=Fitted())
+
+
+# Each forecaster with what it cannot do: a test that passes for everything tests nothing.
+BEYOND = {
+    "hold": (Hold(), line),
+    "taylor 1": (Taylor(order=1), square),
+    "taylor 2": (Taylor(order=2), lambda step: step**3),
+    "hermite 1": (Hermite(order=1), square),
+    "fitted": (Fitted(), square),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_d31_a_forecaster_is_wrong_beyond_its_order(name):
+    forecaster, curve = BEYOND[name]
+    policy = Planned(compute=5)
+    policy.plan = {"mask": "####...#" + "." * 4, "damping": [1.0] * 7}
+    values = forecasts(forecaster, curve, GAPS, ASKED, policy=policy)
+    away = [abs(value - curve(step)) for value, step in zip(values, ASKED, strict=True)]
+    assert min(away) > 0.5 and away == sorted(away), "further off the further it looks"

@@ -24,7 +24,7 @@ LATENTS = RNG.standard_normal((1, 4, 2, 5, 6))
 KEYS = {*GOOD, "psnr_per_frame", "identical"}
 
 
-def test_the_numbers_are_those_of_the_single_metrics():
+def test_d2_every_metric_is_there_also_one_that_was_not_asked_for():
     found = measure(CLIP, NOISY, LATENTS, 1.1 * LATENTS, MetricSettings())
     assert found == {
         "psnr": psnr(CLIP, NOISY),
@@ -44,7 +44,7 @@ def test_the_numbers_are_those_of_the_single_metrics():
     assert plain <= {float, bool, list, type(None)} and type(found["psnr_per_frame"][0]) is float
 
 
-def test_nothing_beats_an_identical_video(tmp_path, monkeypatch):
+def test_d31_nothing_beats_an_identical_video(tmp_path, monkeypatch):
     save_file({**backbone(random_alexnet()), **random_heads()}, tmp_path / "w.safetensors")
     monkeypatch.setattr(module, "find_ffmpeg", lambda: "ffmpeg")
     monkeypatch.setattr(module, "vmaf", lambda a, b: 100.0 if a is b else 50.0)
@@ -79,7 +79,7 @@ def test_unequal_videos_are_refused():
         measure(CLIP, NOISY, LATENTS, LATENTS[:, :2], MetricSettings())
 
 
-def test_settings_are_tried_before_anything_is_rendered(monkeypatch):
+def test_d2_a_metric_that_cannot_run_says_why_before_anything_is_rendered(monkeypatch):
     with pytest.raises(ValueError, match=r"lpips: no file or folder nowhere"):
         MetricSettings(lpips="nowhere")
 
