@@ -119,18 +119,26 @@ def command_help(command: str) -> str:
     ]
     lines += ["", "keys:"]
     shared = (conf_dir() / "sampling.yaml").read_text(encoding="utf-8")
-    keys = re.findall(r"^(\w+): *([^#\n]*?)? *(?:# *(.*))?$", shared + text, re.M)
-    lines += [
-        f"  {key:<18} {comment or value}"
-        for key, value, comment in keys
-        if key not in ("defaults", "hydra")
-    ]
+    lines += [f"  {key:<22} {text}" for key, text in keys_of(shared + text)]
     lines += [
         "",
         "flags: --cfg job (show the configuration), -m (sweep over comma-separated values),",
     ]
     lines += ["       --config-dir FOLDER (own YAML beside ours), --info searchpath"]
     return "\n".join(lines)
+
+
+def keys_of(text: str) -> list[tuple[str, str]]:
+    """Keys of a primary YAML, nested ones as `gate.min_psnr`, each with its comment or value."""
+    found, parent = [], ""
+    for indent, key, value, comment in re.findall(
+        r"^( {0,2})(\w+): *([^#\n]*?)? *(?:# *(.*))?$", text, re.M
+    ):
+        parent = parent if indent else key
+        if parent in ("defaults", "hydra") or not (value or comment):
+            continue
+        found.append((f"{parent}.{key}" if indent else key, comment or value))
+    return found
 
 
 def complete(arguments: list[str]) -> int:
