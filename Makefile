@@ -41,9 +41,11 @@ sweep: setup  ## three intervals: table, CSV, Pareto front
 
 zoo: setup  ## train the embedded models again (hours); resumes where it stopped
 	$(BIN)/torchrun --nproc-per-node 2 scripts/train_zoo.py
+	$(BIN)/torchrun --nproc-per-node 2 scripts/train_siblings.py
 
-eval-zoo: setup  ## measure how well the embedded model follows captions (minutes)
+eval-zoo: setup  ## measure how well the embedded models follow captions (minutes)
 	$(BIN)/python scripts/eval_zoo.py
+	$(BIN)/python scripts/eval_siblings.py
 
 bench: setup  ## our policies, diffusers' hooks and cache-dit side by side (half an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[bench]'

@@ -74,24 +74,27 @@ def moving(pipe: Any, count: int, seed: int) -> tuple[Results, list[world.Scene]
 
 def from_picture(pipe: Any, count: int, seed: int) -> tuple[Results, list[world.Scene], np.ndarray]:
     """i2v: does it go on from the picture, and where the caption says."""
-    scenes, videos, first = drawn(seed, count), [], []
-    for number, scene in enumerate(track(scenes, description="videos", transient=True)):
-        clip = world.render(scene)
-        frames = pipe(
-            image=Image.fromarray(clip[0]),
-            prompt=scene.caption,
-            height=64,
-            width=64,
-            num_frames=17,
-            num_inference_steps=family.STEPS,
-            guidance_scale=GUIDANCE,
-            generator=torch.Generator().manual_seed(seed * 100_003 + number),
-        ).frames[0]
-        videos.append(frames)
-        first.append(psnr(clip[:1] / 255, frames[:1]))
-    row = scores(scenes, np.stack(videos))
-    row["first frame"] = f"{np.mean(first):.1f} dB"
-    return {"wan-i2v-tiny": row}, scenes, np.stack(videos)
+    scenes, results, shown = drawn(seed, count), {}, np.empty(0)
+    for frames in (siblings.REASONING_FRAMES, world.NUM_FRAMES):
+        videos, first = [], []
+        for number, scene in enumerate(track(scenes, f"{frames} frames", transient=True)):
+            picture = world.render(scene)[0]
+            video = pipe(
+                image=Image.fromarray(picture),
+                prompt=scene.caption,
+                height=64,
+                width=64,
+                num_frames=frames,
+                num_inference_steps=family.STEPS,
+                guidance_scale=GUIDANCE,
+                generator=torch.Generator().manual_seed(seed * 100_003 + number),
+            ).frames[0]
+            videos.append(video)
+            first.append(psnr(picture[None] / 255, video[:1]))
+        shown = np.stack(videos)
+        row = scores(scenes, shown)
+        results[f"{frames} frames"] = {**row, "first frame": f"{np.mean(first):.1f} dB"}
+    return results, scenes, shown
 
 
 def edits(pipe: Any, count: int, seed: int) -> tuple[Results, list[world.Scene], np.ndarray]:
