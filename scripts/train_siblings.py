@@ -23,7 +23,7 @@ SEED = 20261121
 BASE = Path("ditcache/zoo/wan-tiny")
 MOTION_CLIPS, LONG_CLIPS = 10_000, 3000
 EDIT_CLIPS, REASONING_CLIPS = 6000, 3000
-STEPS = {"wan22-high": 800, "wan22-low": 1000, "i2v": 2200, "chronoedit": 1500}
+STEPS = {"wan22-high": 800, "wan22-low": 1000, "i2v": 2200, "chronoedit": 1200}
 BATCH = 32
 
 
