@@ -321,3 +321,24 @@ def test_a_folder_that_was_there_stays(tmp_path, monkeypatch):
     assert cli.run(["generate", "plan=true", "hydra.run.dir=../out"]) == 0
     assert cli.run(["generate", "steps=0", "hydra.run.dir=../out"]) == 2
     assert (tmp_path / "out" / "config.yaml").read_text() == "mine: true"
+
+
+def test_image_conditioned_members_start_from_their_own_picture(generate):
+    folder = generate("model=tiny_chronoedit", "prompts=edits", "steps=4")
+    assert len(metrics_of(folder)["video"]) == 4
+    assert len(list(folder.glob("video-*.mp4"))) == 4
+
+
+def test_a_folder_of_pictures_is_one_per_prompt(generate, tmp_path, capsys):
+    from PIL import Image
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name, colour in (("b.png", "red"), ("a.png", "blue")):
+        Image.new("RGB", (64, 64), colour).save(pictures / name)
+    words = ["model=tiny_i2v", "steps=4", f"image={pictures}", "save_latents=true"]
+    folder = generate("a red star", "a blue star", *words)
+    latents = [load_file(folder / f"latents-00{i}.safetensors")["latents"] for i in range(2)]
+    assert not torch.equal(*latents)
+    generate("one prompt", *words, code=2)
+    assert "holds 2 pictures for 1 prompts; needs one each" in capsys.readouterr().err

@@ -37,7 +37,9 @@ PUBLISHED = {
 
 
 def test_published_settings():
-    assert set(options("model")) == {*PUBLISHED, "tiny"}
+    embedded = {name for name in options("model") if name.startswith("tiny")}
+    assert embedded == {"tiny", "tiny_wan2.2", "tiny_i2v", "tiny_chronoedit"}
+    assert set(options("model")) == {*PUBLISHED, *embedded}
     for name, expected in PUBLISHED.items():
         m = model_of(name)
         assert (m.path, m.height, m.width, m.steps, m.shift, m.boundary) == expected
