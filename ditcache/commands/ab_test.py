@@ -111,9 +111,9 @@ def make_runner(settings: AbTestSettings, show: OnStep) -> Any:
 
 
 def replace_candidate(settings: AbTestSettings, found: Any) -> AbTestSettings:
-    """b as the search found it, on the cases held out."""
+    """b as the search found it, on the cases held out, numbered anew: arms take turns by it."""
     changed = replace(settings, b=found.cache)
-    changed.cases = found.held_out
+    changed.cases = [replace(case, index=index) for index, case in enumerate(found.held_out)]
     return changed
 
 

@@ -64,10 +64,9 @@ class Video:
             num_inference_steps=steps,
             guidance_scale=4.0,
             output_type=output_type,
-            max_sequence_length=512 if picture else 64,
             generator=torch.Generator().manual_seed(5),
             **({} if picture is None else {"image": picture}),
-            **{**self.settings, **more},
+            **{"max_sequence_length": 512 if picture else 64, **self.settings, **more},
         )[0]
 
 
