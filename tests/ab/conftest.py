@@ -40,7 +40,3 @@ def ab(tmp_path, monkeypatch, capsys):
     state.run = run
     yield state
     os.chdir("/")
-
-
-def row(report, kind="b"):
-    return next(row for row in report["rows"] if row["kind"] == kind)

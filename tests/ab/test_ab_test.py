@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from conftest import row  # tests/ab/conftest.py
+from rows import row
 from safetensors.torch import load_file, save_file
 
 import ditcache

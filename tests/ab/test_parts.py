@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from conftest import row
+from rows import row
 
 from ditcache import cli
 from ditcache.ab.collect import middle, spread

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import row
+from rows import row
 
 from ditcache.ab import search
 
