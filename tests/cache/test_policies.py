@@ -492,7 +492,11 @@ def test_a_model_nobody_calibrated_is_refused_when_the_cache_is_enabled(checkpoi
     [
         *(
             (policy, {"threshold": value}, f"threshold: must be >= 0, got {value}")
-            for policy in (TeaCache, MagCache, EasyCache, SeaCache, FBCache, DBCache, DiCache)
+            for policy in (MagCache, EasyCache, SeaCache, FBCache, DBCache, DiCache)
+            for value in (-0.1, math.nan)
+        ),
+        *(
+            (TeaCache, {"rel_l1_thresh": value}, f"rel_l1_thresh: must be >= 0, got {value}")
             for value in (-0.1, math.nan)
         ),
         (TeaCache, {"signal": "e1"}, "signal: no 'e1'"),
