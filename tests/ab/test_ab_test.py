@@ -87,6 +87,17 @@ def test_a_known_bad_candidate_fails_the_gate_with_code_1(ab):
     assert ab.run(*bad, "gate.min_psnr=5")["gate"]["passed"]
 
 
+def test_units_that_differ_are_marked_as_partly_computed(ab):
+    report = ab.run(
+        "cache=fbcache",
+        "cache.granularity=per_block",
+        "cache.policy.threshold=0.3",
+        "prompt=a star",
+    )
+    jsonschema.validate(report, SCHEMA)
+    assert set("".join(report["videos"][0]["strips"]["transformer"].values())) <= set("#.+")
+
+
 def test_two_caches_against_each_other(ab):
     report = ab.run(
         "cache@a=interval", "cache@b=taylorseer", "a.head=1", "b.head=1", "prompt=a red star"
