@@ -18,7 +18,7 @@ from ditcache.ab.settings import AbTestSettings
 from ditcache.metrics.bootstrap import bootstrap
 from ditcache.metrics.measure import GOOD
 from ditcache.report.pareto import mark_front
-from ditcache.report.run_folder import versions
+from ditcache.report.run_folder import finite, versions
 
 METRICS = ("psnr", "ssim", "temporal", "flicker", "latent", "lpips", "vmaf")
 NAMES = {"fewer_steps": "fewer steps", "noise_floor": "noise floor"}
@@ -97,15 +97,13 @@ def row_of(kind: str, name: str, entries: Entries) -> dict[str, Any]:
     row["identical"] = all(q["identical"] for q in qualities)
     for metric in METRICS:
         row[metric] = spread(metric, [q[metric] for q in qualities])
-    if qualities and row["identical"]:
-        row["psnr"] = None
     row["worst_frame"] = finite(min((q["worst_frame"] for q in qualities), default=math.inf))
     return row
 
 
-def speedup(entry: dict[str, Any], kind: str, parts: Sequence[str] = ("denoise",)) -> float:
-    """Of one case, against a."""
-    before, after = (sum(entry["arms"][arm]["seconds"][p] for p in parts) for arm in ("a", kind))
+def speedup(entry: dict[str, Any], kind: str) -> float:
+    """Of denoising one case, against a."""
+    before, after = (entry["arms"][arm]["seconds"]["denoise"] for arm in ("a", kind))
     return before / after
 
 
@@ -136,7 +134,6 @@ def points_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "speedup": row["speedup"]["median"],
             "psnr": None if row["psnr"] is None else row["psnr"]["mean"],
             "ssim": None if row["ssim"] is None else row["ssim"]["mean"],
-            "front": False,
         }
         for row in rows
         if row["speedup"] is not None
@@ -155,7 +152,7 @@ def video_of(entry: dict[str, Any]) -> dict[str, Any]:
         "psnr": finite(quality["psnr"]),
         "ssim": quality["ssim"],
         "worst_frame": finite(quality["worst_frame"]),
-        "psnr_per_frame": [finite(value) for value in quality["psnr_per_frame"]],
+        "psnr_per_frame": finite(quality["psnr_per_frame"]),
         "temporal": quality["temporal"],
         "latent": quality["latent"],
         "speedup": speedup(entry, "b"),
@@ -212,7 +209,3 @@ def processor() -> str:
         return lines[0].split(":", 1)[1].strip()
     except (OSError, IndexError):
         return platform.processor() or sys.platform
-
-
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

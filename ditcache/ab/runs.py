@@ -18,7 +18,7 @@ from ditcache.cache.settings import CacheSettings
 from ditcache.cache.trace import Trace
 from ditcache.models.base import Bundle
 from ditcache.pipeline.denoise import decode_latents
-from ditcache.pipeline.render import Renderer, Video, open_picture
+from ditcache.pipeline.render import Renderer, Video
 
 SESSION = uuid.uuid4().hex  # of this process
 FLOOR = 1e-4  # how far the initial noise is moved to see what differences mean nothing
@@ -99,7 +99,7 @@ class Runner:
             case.index,
             case.prompt,
             cache,
-            open_picture(case.picture),
+            case.picture,
             seed=case.seed,
             steps=steps,
             moved=moved,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class AbTestSettings(SamplingSettings):
             raise ValueError(f"seeds: needs numbers >= 0, got {self.seeds}")
         self.candidate = self.cache if self.b is None else self.b
         for name, cache in (("a", self.a), ("b", self.candidate)):
-            if cache.policy is None and replace(cache, low=None) != CacheSettings():
+            if cache.policy is None and cache != CacheSettings():
                 raise ValueError(f"{name}: without a policy no setting of it has an effect")
             if cache.cfg is not None and self.guidance <= 1:
                 raise ValueError(f"{name}.cfg: has no effect without guidance; set guidance > 1")

@@ -75,7 +75,7 @@ def run(cfg: DictConfig) -> float | None:
             renderer.warm_up()
         records = []
         for index, text in enumerate(settings.texts):
-            picture, seed, baseline = renderer.pictures[index], settings.seed, None
+            picture, seed, baseline = settings.pictures[index], settings.seed, None
             if settings.compare and index % 2 == 0:
                 baseline = renderer.render(index, text, CacheSettings(), picture, seed=seed)
             video = renderer.render(index, text, settings.cache, picture, seed=seed)

@@ -58,14 +58,14 @@ class Renderer:
         self, bundle: Bundle, settings: GenerateSettings | AbTestSettings, on_step: OnStep
     ):
         self.bundle, self.settings, self.on_step = bundle, settings, on_step
-        self.pictures = [open_picture(path) for path in settings.pictures]
+        self.pictures = {path: open_picture(path) for path in set(settings.pictures)}
 
     def render(
         self,
         index: int,
         prompt: str,
         cache: CacheSettings,
-        picture: Any,
+        picture: Path | None,
         *,
         seed: int,
         steps: int | None = None,
@@ -75,7 +75,7 @@ class Renderer:
         next. moved: that much of other noise is added to the initial noise.
         """
         s, clock = self.settings, Clock(self.bundle.device)
-        inputs = prepare(self.bundle, s, prompt, picture, seed=seed)
+        inputs = prepare(self.bundle, s, prompt, self.pictures[picture], seed=seed)
         if moved:
             inputs.latents = inputs.latents + moved * other_noise(inputs.latents, seed)
         clock.lap("text")
@@ -128,7 +128,7 @@ class Renderer:
         process's start.
         """
         s = self.settings
-        inputs = prepare(self.bundle, s, "warm-up", self.pictures[0], seed=s.seed)
+        inputs = prepare(self.bundle, s, "warm-up", self.pictures[s.pictures[0]], seed=s.seed)
         latents = denoise(self.bundle, inputs, steps=2, guidance=s.guidance, shift=s.shift)
         decode_latents(self.bundle, latents)
 

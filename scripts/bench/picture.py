@@ -9,9 +9,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 from bench.arms import Arm
 from bench.measure import IDENTICAL
+
+from ditcache.report.pareto import front
 
 LOOKS = {  # who: marker, colour, label
     "ditcache": ("o", "#1f6feb", "ditcache"),
@@ -23,12 +24,7 @@ LOOKS = {  # who: marker, colour, label
 
 def pareto(points: list[tuple[float, float]]) -> list[int]:
     """Indices of the points that no other beats in both coordinates, by rising first one."""
-    front, best = [], -np.inf
-    for index in sorted(range(len(points)), key=lambda i: points[i], reverse=True):
-        if points[index][1] > best:
-            front.append(index)
-            best = points[index][1]
-    return front[::-1]
+    return sorted(front(points), key=lambda i: points[i])
 
 
 def draw(rows: list[tuple[Arm, dict[str, Any]]], path: Path) -> None:
@@ -45,11 +41,11 @@ def draw(rows: list[tuple[Arm, dict[str, Any]]], path: Path) -> None:
                 *zip(*points, strict=True), s=36, c=colour, marker=marker, label=label, zorder=3
             )
     own = [(arm, row) for arm, row in rows if arm.who == "ditcache"]
-    front = pareto([(row["compute"], row["psnr"]) for _, row in own])
-    line = [(own[i][1]["compute"], own[i][1]["psnr"]) for i in front]
+    best = pareto([(row["compute"], row["psnr"]) for _, row in own])
+    line = [(own[i][1]["compute"], own[i][1]["psnr"]) for i in best]
     if line:
         axes.plot(*zip(*line, strict=True), color=LOOKS["ditcache"][1], lw=1, zorder=2)
-    for i in front:
+    for i in best:
         place = (own[i][1]["compute"], own[i][1]["psnr"])
         axes.annotate(
             own[i][0].method, place, (4, 4), textcoords="offset points", fontsize=7, color="#24292f"
