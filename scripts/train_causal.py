@@ -105,9 +105,7 @@ def train(stage: str, folder: Path, steps: int) -> None:
             level = int(rng.choice(len(causal.LEVELS), p=[0.1, 0.3, 0.3, 0.3]))
             context = causal.own_context(ema, own, latents, states, bias, level)
         sigma = draw_levels(rng, tuple(counts.shape))
-        loss = causal.causal_loss(
-            model, attention, latents, context, states, bias, sigma, counts
-        )
+        loss = causal.causal_loss(model, attention, latents, context, states, bias, sigma, counts)
         return loss, {}
 
     rates = {"causal": (1.5e-3, 7e-4), "rollout": (5e-4, 2.5e-4)}[stage]

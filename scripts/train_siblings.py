@@ -23,6 +23,7 @@ SEED = 20261121
 BASE = Path("ditcache/zoo/wan-tiny")
 MOTION_CLIPS, LONG_CLIPS = 10_000, 3000
 EDIT_CLIPS, REASONING_CLIPS = 6000, 3000
+MEMBERS = ("wan22-tiny", "wan-i2v-tiny", "chronoedit-tiny")
 STEPS = {"wan22-high": 800, "wan22-low": 1000, "i2v": 2200, "chronoedit": 1200}
 BATCH = 32
 
@@ -219,9 +220,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", choices=["all", *STEPS, "export"], default="all")
-    parser.add_argument(
-        "--member", choices=["all", *members.PIPELINES], default="all", help="to export"
-    )
+    parser.add_argument("--member", choices=["all", *MEMBERS], default="all", help="to export")
     parser.add_argument(
         "--folder", type=Path, default=Path("outputs/zoo"), help="checkpoints, logs"
     )
@@ -239,7 +238,7 @@ def main() -> None:
             training.barrier()
     if arguments.stage in ("all", "export") and training.RANK == 0:
         base, autoencoder = load_base()
-        for member in members.PIPELINES if arguments.member == "all" else [arguments.member]:
+        for member in MEMBERS if arguments.member == "all" else [arguments.member]:
             pipe = members.make_pipeline(member, arguments.folder, base, autoencoder)
             print(f"{member}: {members.export(member, pipe) / 1e6:.2f} MB")
 
