@@ -20,8 +20,8 @@ from train_siblings import SEED, encoded, load_base, padded_lengths, tokens_of
 from zoo import causal, dit, members, siblings, text, training
 from zoo.optim import MatrixAdam, trapezoid
 
-CLIPS, BATCH = 6000, 20
-STEPS = {"causal": 3000, "rollout": 1200}
+CLIPS, BATCH = 6000, 12
+STEPS = {"causal": 2800, "rollout": 800}
 NO_SWITCH = causal.LONG // causal.CHUNK
 
 
