@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--member", choices=["all", *members.PIPELINES], default="all")
+    parser.add_argument("--member", choices=["all", *train_siblings.MEMBERS], default="all")
     parser.add_argument("--clips", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--write-card", action="store_true", help="CARD.md and sample.png as well")
@@ -39,7 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.clips < 4:
         parser.error("--clips must be >= 4")
-    for member in members.PIPELINES if arguments.member == "all" else [arguments.member]:
+    for member in train_siblings.MEMBERS if arguments.member == "all" else [arguments.member]:
         bundle = ditcache.load("tiny", path=f"zoo:{member}", **KINDS[member])
         results, scenes, videos = EVALUATE[member](bundle.pipe, arguments.clips, arguments.seed)
         show(member, results)
