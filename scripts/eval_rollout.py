@@ -1,7 +1,7 @@
 """How far wan-causal-tiny can roll out before it forgets its caption, and how fast it follows a new
 one: the drift curve of its card.
 
-    python scripts/eval_rollout.py                       # 40 captions, four times the training length
+    python scripts/eval_rollout.py          # 40 captions, four times the training length
     python scripts/eval_rollout.py --write-card
 """
 

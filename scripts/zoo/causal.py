@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from ditcache.kv.attach import kv_attention
+from ditcache.kv.rolling import RollingKVCache
 from zoo import dit, world
 
 CHUNK, TRAINED, LONG = 3, 9, 18  # latent frames: of a chunk, of a training sample, of a clip
@@ -189,39 +191,6 @@ def causal_loss(
 
 
 @torch.no_grad()
-def sample_chunk(
-    model: dit.Denoiser,
-    attention: CausalAttention,
-    noisy: Tensor,
-    first_level: int,
-    context: Tensor,
-    states: Tensor,
-    bias: Tensor,
-) -> Tensor:
-    """Denoise one chunk [B, C, 3, H, W] from LEVELS[first_level] on, behind a clean context
-    [B, C, T, H, W] (T may be 0). bias of exactly these frames.
-    """
-    frames = context.shape[2] + CHUNK
-    chunk = torch.arange(frames * TOKENS) // (CHUNK * TOKENS)
-    attention.hidden = torch.where(chunk[:, None] >= chunk[None], 0.0, -math.inf)
-    attention.bias = bias
-    for index in range(first_level, len(LEVELS)):
-        times = torch.zeros(len(noisy), frames)
-        times[:, -CHUNK:] = LEVELS[index] * 1000
-        with torch.autocast("cpu", torch.bfloat16):
-            velocity = model.transformer(
-                torch.cat([context, noisy], 2),
-                times.repeat_interleave(TOKENS, 1),
-                states,
-                return_dict=False,
-            )[0][:, :, -CHUNK:]
-        clean = noisy - LEVELS[index] * velocity.float()
-        if index + 1 < len(LEVELS):
-            level = LEVELS[index + 1]
-            noisy = (1 - level) * clean + level * torch.randn_like(clean)
-    return clean
-
-
 def own_context(
     model: dit.Denoiser,
     attention: CausalAttention,
@@ -230,16 +199,30 @@ def own_context(
     bias: Tensor,
     first_level: int,
 ) -> Tensor:
-    """The clip as the model itself would have made it: every chunk noised and denoised behind what
-    came out before, so that errors pile up as they do in a rollout, but near the true clip.
+    """The clip [B, C, T, H, W] as the model itself would have made it: a rollout with its KV cache
+    in which every chunk starts from LEVELS[first_level] of the true one, so that errors pile up as
+    they do in a free rollout, but near the true clip. attention: of the model's cross-attention.
     """
-    made = latents[:, :, :0]
-    for start in range(0, latents.shape[2] - CHUNK, CHUNK):
-        true = latents[:, :, start : start + CHUNK]
-        level = LEVELS[first_level]
-        noisy = (1 - level) * true + level * torch.randn_like(true)
-        seen = bias[:, :, : (start + CHUNK) * TOKENS]
-        made = torch.cat(
-            [made, sample_chunk(model, attention, noisy, first_level, made, states, seen)], 2
-        )
-    return torch.cat([made, latents[:, :, -CHUNK:]], 2)  # nothing attends to the last one
+    made = []
+    with kv_attention(model.transformer, RollingKVCache(len(model.transformer.blocks))) as kv:
+        for start in range(0, latents.shape[2] - CHUNK, CHUNK):  # nothing attends to the last one
+            attention.bias = bias[:, :, start * TOKENS : (start + CHUNK) * TOKENS]
+            true = latents[:, :, start : start + CHUNK]
+            level = LEVELS[first_level]
+            noisy = (1 - level) * true + level * torch.randn_like(true)
+            kv.cache.enable_append_mode()
+            for index in range(first_level, len(LEVELS)):
+                clean = noisy - LEVELS[index] * velocity_of(model, noisy, LEVELS[index], states)
+                kv.cache.enable_overwrite_mode()
+                if index + 1 < len(LEVELS):
+                    level = LEVELS[index + 1]
+                    noisy = (1 - level) * clean + level * torch.randn_like(clean)
+            velocity_of(model, clean, 0.0, states)  # clean keys and values for the chunks to come
+            made.append(clean)
+    return torch.cat([*made, latents[:, :, -CHUNK:]], 2)
+
+
+def velocity_of(model: dit.Denoiser, latents: Tensor, sigma: float, states: Tensor) -> Tensor:
+    times = torch.full((len(latents),), sigma * 1000)
+    with torch.autocast("cpu", torch.bfloat16):
+        return model.transformer(latents, times, states, return_dict=False)[0].float()
