@@ -63,6 +63,8 @@ class RollingKVCache:
         self.chunks = 0
         self.start = self.end = 0  # the newest chunk, in tokens of the stream
         for block in self.block_caches:
+            if block.kept is not None:
+                block.kept.free()
             block.end, block.kept = 0, None
 
     def enable_append_mode(self) -> None:

@@ -35,6 +35,9 @@ class Storage(Protocol):
     def read(self, filled: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, filled, H, D] as they lie, to be read before the next write."""
 
+    def free(self) -> None:
+        """Give back what is shared or elsewhere; it is not used any more."""
+
 
 class Plain:
     """A buffer each, in the dtype that came first. Grows by doubling where there is no window."""
@@ -62,6 +65,9 @@ class Plain:
 
     def read(self, filled: int) -> tuple[Tensor, Tensor]:
         return self.kept[0][:, :filled], self.kept[1][:, :filled]
+
+    def free(self) -> None:
+        pass
 
 
 def empty(like: Tensor, room: int) -> Tensor:

@@ -5,15 +5,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ditcache.errors import DitcacheError
+from ditcache.kv.codec import quantised
+from ditcache.kv.offload import stored
 from ditcache.kv.rolling import RollingKVCache
+from ditcache.kv.size import kv_bytes
 from ditcache.kv.storage import KVCacheError
+from ditcache.store.tiered import TieredStore
 
 BLOCKS = 2
 
 
 def chunk(length: int, seed: int = 0, block: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1000 * seed + block)
-    return tuple(torch.randn(1, length, 2, 3, generator=generator) for _ in range(2))
+    return tuple(torch.randn(1, length, 2, 4, generator=generator) for _ in range(2))
 
 
 def update(cache, length, seed):
@@ -80,7 +85,7 @@ def test_memory_is_made_once_and_given_back():
     assert cache.nbytes == 0
     update(cache, 3, 0)
     first = [x.data_ptr() for block in cache.block_caches for x in block.kept.tensors]
-    expected = BLOCKS * 2 * 8 * 6 * 4
+    expected = BLOCKS * 2 * 8 * 8 * 4
     for seed in range(1, 9):
         update(cache, 3, seed)
         assert cache.nbytes == expected
@@ -96,7 +101,7 @@ def test_without_a_window_it_grows_or_is_made_in_advance():
         for one, other in zip(update(growing, 3, seed), update(known, 3, seed), strict=True):
             assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
         sizes.append(growing.nbytes)
-        assert known.nbytes == BLOCKS * 2 * 30 * 6 * 4
+        assert known.nbytes == BLOCKS * 2 * 30 * 8 * 4
     assert len(set(sizes)) == 5  # 3, 6, 12, 24, 48 tokens
 
 
@@ -131,7 +136,7 @@ def test_a_block_that_missed_a_chunk_is_an_error_and_not_a_shifted_context():
         if overwrite:
             cache.enable_overwrite_mode()
             with pytest.raises(
-                KVCacheError, match="block 1 holds 2 tokens.*chunk 1 is tokens 2 to 4"
+                KVCacheError, match=r"block 1 holds 2 tokens.*chunk 1 is tokens 2 to 4"
             ):
                 update(cache, 2, 2)
         else:
@@ -177,7 +182,7 @@ def test_calls_that_cannot_be():
     cache.enable_append_mode()
     key, value = chunk(2, 1)
     with pytest.raises(
-        ValueError, match="key: the cache holds dtype torch.float32, got torch.float64"
+        ValueError, match=r"key: the cache holds dtype torch\.float32, got torch\.float64"
     ):
         cache.update(0, key.double(), value.double())
     with pytest.raises(ValueError, match="the cache holds batch and heads"):
@@ -197,7 +202,7 @@ def test_backward_through_a_forward_that_reads_the_cache():
             cache.enable_append_mode()
             with torch.no_grad():
                 cache.update(0, *chunk(3, seed))
-        query = torch.randn(1, 3, 2, 3, requires_grad=True)
+        query = torch.randn(1, 3, 2, 4, requires_grad=True)
         key, value = (x.requires_grad_() for x in chunk(3, 9))
         cache.enable_overwrite_mode()
         keys, values = cache.update(0, key, value)
@@ -237,3 +242,70 @@ def test_inference_mode_and_back():
     cache.enable_overwrite_mode()
     keys, _ = cache.update(0, *chunk(2, 2))
     assert torch.equal(keys, torch.cat([chunk(2)[0], chunk(2, 2)[0]], dim=1))
+
+
+KINDS = ["int8", "int4", "stored"]
+
+
+def storage_of(kind, tmp_path=None):
+    if kind != "stored":
+        return quantised(kind), None
+    store = TieredStore(gpu=0, cpu="64KiB", disk="1MiB")
+    store.open(tmp_path)
+    return stored(store, ("transformer", "cond")), store
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("window", "sink"), [(None, 0), (7, 0), (7, 2), (6, 3)])
+def test_other_storages_are_the_plain_one_coded(kind, window, sink, tmp_path):
+    """In every slot: what has not been finished is exact, the rest within the codec's step, and a
+    store is exact.
+    """
+    storage, store = storage_of(kind, tmp_path)
+    plain, other = RollingKVCache(2, window, sink), RollingKVCache(2, window, sink, storage=storage)
+    step = {"int8": 1 / 127, "int4": 1 / 15, "stored": 0}[kind]
+    for index in range(8):
+        length = 1 + index % 3
+        for again in (0, 1):
+            for cache in (plain, other):
+                cache.enable_overwrite_mode() if again else cache.enable_append_mode()
+            for block in range(2):
+                new = chunk(length, 10 * index + again, block)
+                for exact, coded in zip(plain.update(block, *new), other.update(block, *new), strict=True):
+                    assert exact.shape == coded.shape
+                    error = (exact - coded).abs().amax(-1) / exact.abs().amax(-1)
+                    assert error.max() <= step, (kind, error.max())
+                    assert (error > 0).any() == (step > 0 and index > 0)
+                    fresh = [i for i, p in enumerate(plain.positions()) if p >= plain.start]
+                    assert not error[:, fresh].any()
+    if store is not None:
+        assert sum(t["bytes"] for t in store.stats()["tiers"].values()) > 0
+        other.reset()
+        assert sum(t["bytes"] for t in store.stats()["tiers"].values()) == 0
+        store.close()
+    other.reset()
+    assert other.nbytes == 0
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_bytes_are_those_of_the_formula(codec):
+    """Codes and scales of the whole window; besides them the newest chunk and one block's buffer."""
+    blocks, heads, size, window, length = 6, 4, 128, 32, 8
+    cache = RollingKVCache(blocks, window, storage=quantised(codec))
+    for _ in range(6):
+        for block in range(blocks):
+            cache.update(block, *(torch.randn(1, length, heads, size).bfloat16() for _ in range(2)))
+    codes = kv_bytes(blocks, heads, size, window, 2, codec)
+    newest = kv_bytes(blocks, heads, size, length, 2, "none")
+    buffers = kv_bytes(1, heads, size, window, 2, "none")
+    assert cache.nbytes == codes + newest + buffers
+    factor = kv_bytes(blocks, heads, size, window, 2, "none") / codes
+    assert factor == pytest.approx({"int8": 1.97, "int4": 3.56}[codec], abs=0.005)
+
+
+def test_a_store_that_loses_something_is_an_error(tmp_path):
+    with TieredStore(gpu=0, cpu=400, disk=0) as store:
+        cache = RollingKVCache(1, storage=stored(store, ("transformer", "cond")))
+        with pytest.raises(DitcacheError, match=r"kv\.offload: the store lost .* raise store\.cpu"):
+            for seed in range(4):
+                cache.update(0, *chunk(3, seed))
