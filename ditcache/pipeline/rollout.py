@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.trace import Trace
+from ditcache.errors import ConfigError
 from ditcache.kv.attach import kv_attention
 from ditcache.kv.make import make_cache
 from ditcache.kv.settings import KVSettings
 from ditcache.models.base import Bundle
-from ditcache.pipeline.chunks import Noise, partition
+from ditcache.pipeline.chunks import Noise
 from ditcache.pipeline.denoise import run_branch
 from ditcache.pipeline.render import Clock
 from ditcache.pipeline.stepping import step_cache
@@ -37,16 +38,14 @@ HIGH, LOW = "transformer", "transformer_2"
 class Recipe:
     """How to roll out.
 
-    frames: latent frames in all; chunk, first_chunk: see `partition`. timesteps: of a chunk's
-    steps, already warped. recache: at a change of prompt, encode anew what the window holds.
+    lengths: latent frames of each chunk, see `partition`. timesteps: of a chunk's steps, already
+    warped. recache: at a change of prompt, encode anew what the window holds.
     context: `clean` encodes a finished chunk at `context_noise`; `recompute` encodes the whole
     window before each chunk instead. cache: a step cache for the steps in between.
     """
 
-    frames: int
-    chunk: int
+    lengths: Sequence[int]
     timesteps: Sequence[float]
-    first_chunk: int | None = None
     guidance: float = 1.0
     guidance_low: float | None = None
     kv: KVSettings = field(default_factory=KVSettings)
@@ -55,10 +54,6 @@ class Recipe:
     context_noise: float = 0.0
     cache: CacheSettings = field(default_factory=CacheSettings)
     seed: int = 0
-
-    @property
-    def lengths(self) -> list[int]:
-        return partition(self.frames, self.chunk, self.first_chunk)
 
 
 @dataclass
@@ -105,15 +100,20 @@ def rollout(
         run = Run(bundle, recipe, (height, width), stack, store)
         known = 0 if start is None else start.shape[2]
         begin, text = 0, texts[0]
-        for index, length in enumerate(lengths := recipe.lengths):
+        for index, length in enumerate(recipe.lengths):
             changed = index > 0 and index in texts
             text = texts.get(index, text)
             if begin < known:
-                assert start is not None and begin + length <= known
+                assert start is not None
+                if begin + length > known:
+                    raise ConfigError(
+                        f"start: {known} latent frames end within chunk {index}, which is "
+                        f"{begin} to {begin + length}; give whole chunks"
+                    )
                 own = start[:, :, begin : begin + length]
                 yield run.take(index, begin, own, text)
             else:
-                last = index == len(lengths) - 1
+                last = index == len(recipe.lengths) - 1
                 yield run.make(index, begin, length, text, changed=changed, last=last)
             begin += length
 
@@ -142,7 +142,7 @@ class Run:
         }
         self.caches: dict[tuple[str, str], RollingKVCache] = {
             (name, branch): make_cache(
-                len(expert.blocks), recipe.kv, self.unit, recipe.frames, store, (name, branch)
+                len(expert.blocks), recipe.kv, self.unit, sum(recipe.lengths), store, (name, branch)
             )
             for name, expert in bundle.experts.items()
             for branch in branches
