@@ -29,6 +29,13 @@ def warped(timesteps: Sequence[float], shift: float) -> list[float]:
     return [1000 * shift * u / (1 + (shift - 1) * u) for u in shares]
 
 
+def ceiling(steps: int) -> float:
+    """How much faster a step cache can make a chunk at most: of its steps + 1 forwards the first,
+    which appends keys and values, and the clean pass always run.
+    """
+    return (steps + 1) / 2
+
+
 class Noise:
     """A rollout's noise: fp32 [1, C, F, H, W], always the same for a seed, latent frame and step,
     however the frames are divided into chunks and on whatever device they are used.

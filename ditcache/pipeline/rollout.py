@@ -160,6 +160,8 @@ class Run:
         """A chunk that is given: only encoded."""
         clock, before = Clock(self.bundle.device), self.forwards
         latents = latents.to(self.bundle.device, torch.float64)
+        for step in range(len(self.recipe.timesteps)):  # those after it get their own
+            self.noise.draw(step, latents.shape[2])
         evicted, self.begun = self.evicted, set()
         self.encode(begin, latents, text)
         clock.lap("context")

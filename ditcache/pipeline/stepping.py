@@ -79,8 +79,3 @@ def check_step_cache(bundle: Bundle, cache: CacheSettings, timesteps: Sequence[f
         f"first always computes, head={cache.head} and tail={cache.tail} count steps of a chunk); "
         "set cache.head=1, cache.tail=0 or a policy that skips, or cache=none"
     )
-
-
-def ceiling(steps: int) -> float:
-    """How much faster a chunk can become at most: of steps + 1 forwards, two always run."""
-    return (steps + 1) / 2

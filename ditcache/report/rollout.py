@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from ditcache.files import complete_file
-from ditcache.pipeline.stepping import ceiling
+from ditcache.pipeline.chunks import ceiling
 from ditcache.report import pictures
 from ditcache.report.run_folder import finite, versions, write_json
 from ditcache.report.summary import human_bytes
