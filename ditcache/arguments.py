@@ -58,6 +58,9 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
             overrides.append(f"+cache@{argument}")
         elif argument.startswith("cache.low."):  # says only what differs
             overrides.append(f"++{quoted_override(argument)}")
+        elif argument.startswith("switch."):  # a chunk's own prompt
+            key, _, text = argument.partition("=")
+            overrides.append(f"++{key}={quote(strip_quotes(text))}")
         elif OVERRIDE.match(argument):
             overrides.append(quoted_override(argument))
         elif DELETION.match(argument):

@@ -118,8 +118,9 @@ def command_help(command: str) -> str:
         if group.split("/")[0] in used and options(group)
     ]
     lines += ["", "keys:"]
-    shared = (conf_dir() / "sampling.yaml").read_text(encoding="utf-8")
-    lines += [f"  {key:<22} {text}" for key, text in keys_of(shared + text)]
+    if "\n  - sampling\n" in text:
+        text = (conf_dir() / "sampling.yaml").read_text(encoding="utf-8") + text
+    lines += [f"  {key:<22} {text}" for key, text in keys_of(text)]
     lines += [
         "",
         "flags: --cfg job (show the configuration), -m (sweep over comma-separated values),",

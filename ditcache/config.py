@@ -100,6 +100,8 @@ def literal(value: Any) -> Any:
     """
     if isinstance(value, str):
         return escape_interpolation(value)
+    if isinstance(value, dict):
+        return {key: literal(part) for key, part in value.items()}
     return [literal(part) for part in value] if isinstance(value, list) else value
 
 

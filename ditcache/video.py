@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,17 @@ def write_mp4(path: Path, frames: np.ndarray, *, fps: int = 16, upscale: int = 1
     frames: [T, H, W, 3], float in 0..1 or uint8. Odd sides lose their last row or column (a rule of
     4:2:0 colour).
     """
+    with mp4_writer(path, fps=fps, upscale=upscale) as add:
+        add(frames)
+
+
+@contextmanager
+def mp4_writer(
+    path: Path, *, fps: int = 16, upscale: int = 1
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Likewise, with a function to add frames as they come; `path` is there once all are."""
     import imageio.v2 as imageio
 
-    pixels = to_uint8(frames, upscale)
-    pixels = pixels[:, : pixels.shape[1] // 2 * 2, : pixels.shape[2] // 2 * 2]
     settings: dict[str, Any] = {
         "codec": "libx264",
         "quality": None,
@@ -35,8 +44,13 @@ def write_mp4(path: Path, frames: np.ndarray, *, fps: int = 16, upscale: int = 1
     }
     writer: Any
     with complete_file(path) as partial, imageio.get_writer(partial, fps=fps, **settings) as writer:
-        for frame in pixels:
-            writer.append_data(frame)
+
+        def add(frames: np.ndarray) -> None:
+            pixels = to_uint8(frames, upscale)
+            for frame in pixels[:, : pixels.shape[1] // 2 * 2, : pixels.shape[2] // 2 * 2]:
+                writer.append_data(frame)
+
+        yield add
 
 
 def write_png(path: Path, image: np.ndarray) -> None:

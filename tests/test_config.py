@@ -19,8 +19,10 @@ from ditcache.cache.settings import CacheSettings
 from ditcache.cli import commands, conf_dir, groups, header, options
 from ditcache.commands.calibrate import CalibrateSettings
 from ditcache.commands.generate import GenerateSettings
+from ditcache.commands.rollout import RolloutSettings
 from ditcache.config import build, locate
 from ditcache.errors import ConfigError
+from ditcache.kv.settings import KVSettings
 from ditcache.metrics.measure import MetricSettings
 from ditcache.models.base import Model
 from ditcache.prompts import Prompts
@@ -30,6 +32,7 @@ BASES = {
     "cache": CacheSettings,
     "cache/cfg": CfgDelta,
     "cache/forecaster": Forecaster,
+    "kv": KVSettings,
     "metrics": MetricSettings,
     "model": Model,
     "prompts": Prompts,
@@ -43,11 +46,17 @@ YAMLS = sorted(
 NAMES = [p.relative_to(conf_dir()).with_suffix("").as_posix() for p in YAMLS]
 
 
-USED_BY = {"metrics": "ab-test"}  # groups that `generate` does not take
+CAUSAL = ("tiny_causal", "self_forcing", "longlive", "causvid", "krea_realtime", "sfwan2.2")
+USED_BY = {  # groups, and options, that `generate` does not take
+    "metrics": "ab-test",
+    "kv": "rollout",
+    **{f"model/{name}": "rollout" for name in CAUSAL},
+}
 COMMANDS = {
     "ab-test": AbTestSettings,
     "calibrate": CalibrateSettings,
     "generate": GenerateSettings,
+    "rollout": RolloutSettings,
 }
 BESIDE = {  # what an option needs to make sense
     "cache/cfg": ["cache=interval"],
@@ -70,9 +79,11 @@ def test_there_are_yamls_and_each_group_is_known():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_composes_and_builds(name):
     group, _, option = name.rpartition("/")
-    if group in USED_BY:
-        cfg = composed(f"{group}={option}", command=USED_BY[group])
+    command = USED_BY.get(name, USED_BY.get(group))
+    if command is not None:
+        cfg = composed(f"{group}={option}", command=command)
         assert isinstance(build(cfg, group, BASES[group]), BASES[group])
+        assert isinstance(build(cfg, "", COMMANDS[command]), COMMANDS[command])
         return
     chosen = [*BESIDE.get(name, BESIDE.get(group, [])), f"{group}={option}"]
     if "_i2v" in option or "chronoedit" in option or option == "wan2.2_ti2v_image":
@@ -106,7 +117,8 @@ def test_keys_are_the_fields_of_the_class(name):
 def test_the_head_comment_holds_a_command_that_uses_it(name):
     text = " ".join(header(conf_dir() / f"{name}.yaml"))
     group, _, option = name.rpartition("/")
-    assert f"ditcache {USED_BY.get(group, 'generate')}" in text and f"{group}={option}" in text
+    command = USED_BY.get(name, USED_BY.get(group, "generate"))
+    assert f"ditcache {command}" in text and f"{group}={option}" in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -85,6 +85,7 @@ class Model:
 
     pipeline: ClassVar[str]  # class of diffusers that loads and conditions it
     needs_image: ClassVar[bool] = False
+    causal: ClassVar[bool] = False  # generates chunk by chunk, see causal.py
     stored_as: ClassVar[str | None] = None  # the class that the checkpoint names, where it differs
 
     path: str

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from ditcache.config import build, load_yaml
 from ditcache.errors import ConfigError, DitcacheError, first_line
 from ditcache.models.base import Bundle, Model
+from ditcache.models.checkpoints import load_transformer
 from ditcache.models.zoo import parts_of
 
 WEIGHT_SETTINGS = ("path", "dtype", "vae_dtype", "device", "offload", "vae_tiling")
@@ -43,7 +44,8 @@ LOADED: dict[tuple, Bundle] = {}
 
 def load_once(model: Model) -> Bundle:
     """`load`, but the jobs of a sweep over other settings share one bundle. Keeps the last one."""
-    key = (type(model), *(getattr(model, name) for name in WEIGHT_SETTINGS))
+    own = repr(getattr(model, "weights", None))  # of a transformer that is published apart
+    key = (type(model), own, *(getattr(model, name) for name in WEIGHT_SETTINGS))
     if key not in LOADED:
         LOADED.clear()  # before the next model takes its memory
         LOADED[key] = load(model)
@@ -68,8 +70,10 @@ def load_pipeline(model: Model) -> Any:
             raise ConfigError(f"model.path: {path} holds a {found}, not a {wanted}")
         cls = getattr(diffusers, model.pipeline)
         parts = parts_of(Path(path), dtypes) if model.path.startswith("zoo:") else {}
+        if (weights := getattr(model, "weights", None)) is not None:
+            parts["transformer"] = load_transformer(path, weights, dtypes["default"])
         pipe = cls.from_pretrained(path, dtype=dtypes, use_safetensors=True, **parts)
-    except ConfigError:
+    except DitcacheError:
         raise
     except Exception as error:  # a hub can fail in many ways, each with its own exception
         if model.folder is not None:

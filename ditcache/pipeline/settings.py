@@ -37,6 +37,10 @@ class SamplingSettings:
     pictures: list[Path | None] = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.model.causal:
+            raise ValueError(
+                "model: this one generates chunk by chunk and not whole clips; use `ditcache rollout`"
+            )
         for name, low in (("steps", 1), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: must be >= {low}, got {getattr(self, name)}")

@@ -16,6 +16,7 @@ from ditcache.cli import options
 from ditcache.config import build, load_yaml
 from ditcache.errors import ConfigError, DitcacheError
 from ditcache.models.base import ZOO, Model
+from ditcache.pipeline.chunks import warped
 
 
 def model_of(name, **settings):
@@ -33,16 +34,39 @@ PUBLISHED = {
     "wan2.2_ti2v": ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 704, 1280, 50, 5.0, None),
     "wan2.2_ti2v_image": ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 704, 1280, 50, 5.0, None),
     "chronoedit": ("nvidia/ChronoEdit-14B-Diffusers", 720, 1280, 50, 5.0, None),
+    "self_forcing": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 480, 832, 4, 5.0, None),
+    "longlive": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 480, 832, 4, 5.0, None),
+    "causvid": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 480, 832, 3, 8.0, None),
+    "krea_realtime": ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 480, 832, 4, 5.0, None),
+    "sfwan2.2": ("rand0nmr/SFWan2.2-T2V-A14B-Diffusers", 480, 832, 8, 12.0, 0.875),
+}
+CAUSAL = {  # weights, chunk, first chunk, steps as the model gets them, window, sink
+    "self_forcing": ("gdhe17/Self-Forcing", 3, None, [1000, 937.5, 833.33, 625], 21, 0),
+    "longlive": ("Efficient-Large-Model/LongLive-1.3B", 3, None, [1000, 937.5, 833.33, 625], 12, 3),
+    "causvid": ("tianweiy/CausVid", 3, None, [1000, 757, 522], 21, 0),
+    "krea_realtime": ("krea/krea-realtime-video", 3, None, [1000, 937.5, 833.33, 625], 6, 0),
+    "sfwan2.2": (None, 3, 1, [1000, 985.51, 965.52, 936.17, 865.98, 819.88, 750, 631.58], 21, 0),
 }
 
 
 def test_published_settings():
     embedded = {name for name in options("model") if name.startswith("tiny")}
-    assert embedded == {"tiny", "tiny_wan2.2", "tiny_i2v", "tiny_chronoedit"}
+    assert embedded == {"tiny", "tiny_wan2.2", "tiny_i2v", "tiny_chronoedit", "tiny_causal"}
     assert set(options("model")) == {*PUBLISHED, *embedded}
     for name, expected in PUBLISHED.items():
         m = model_of(name)
         assert (m.path, m.height, m.width, m.steps, m.shift, m.boundary) == expected
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_published_settings_of_causal_models(name):
+    m = model_of(name)
+    weights, chunk, first, steps, window, sink = CAUSAL[name]
+    assert (m.weights and m.weights.path) == weights
+    assert (m.chunk, m.first_chunk, m.window, m.sink) == (chunk, first, window, sink)
+    assert m.guidance == 1 and m.steps == len(m.timesteps) == len(steps)
+    given = warped(m.timesteps, m.shift) if m.warp else m.timesteps
+    assert given == pytest.approx(steps, abs=0.01)
 
 
 @pytest.mark.parametrize(
