@@ -27,7 +27,7 @@ ROUNDS = 3  # of moves
 REACH = 3  # residuals that a forecast adds up
 CHANGE = 0.03  # of a weight, to see what it does
 LEAST = 0.02  # decibels that a move has to gain
-RIDGE = 0.1  # keeps weights near what they were where the prompts disagree
+RIDGE = 0.01  # keeps weights near what they were where the prompts disagree
 SHARES = (1.0, 0.5, 0.25)  # of the fit's change that are tried
 
 
@@ -127,7 +127,9 @@ def fitted(
 ) -> tuple[Weights, float]:
     """Weights fitted to the final latents, and their error as rendered."""
     base = render(mask, weights)
-    places = [(s, k) for s, row in enumerate(weights) for k in range(len(row))]
+    places = [(s, k) for s, row in enumerate(weights) for k in range(1, len(row))]
+    if not places:
+        return weights, best
     effects: list[list[np.ndarray]] = [[] for _ in base]
     for place in places:
         changed = render(mask, with_changes(weights, [place], [CHANGE]))
@@ -149,12 +151,11 @@ def fitted(
 def with_changes(
     weights: Weights, places: Sequence[tuple[int, int]], changes: Sequence[float]
 ) -> Weights:
-    """The first weight of a step grows by the change; a further one is traded for the first."""
+    """Older residuals' weights grow by the changes, at the cost of the newest: they add up to 1."""
     after = [list(row) for row in weights]
     for (s, k), change in zip(places, changes, strict=True):
-        after[s][0] += change
-        if k:
-            after[s][k] -= change
+        after[s][k] += change
+        after[s][0] -= change
     return after
 
 

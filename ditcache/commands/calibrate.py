@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from ditcache.config import build
+from ditcache.errors import ConfigError
 from ditcache.pipeline.settings import SamplingSettings, check_bundle
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def run(cfg: DictConfig) -> None:
 
         bundle = load_once(settings.model)
         check_bundle(bundle, settings)
+        check_refine(bundle, settings)
         pictures = [open_picture(path) for path in settings.pictures]
         folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))
 
@@ -113,8 +115,7 @@ def run(cfg: DictConfig) -> None:
         # 5) Plans, and the better ones that rendering finds.
         plans = make_plans(settings, runs, gains)
         for count in settings.refine or []:
-            if count in plans:
-                plans[count] = refined(bundle, settings, inputs, runs, plans[count], show)
+            plans[count] = refined(bundle, settings, inputs, runs, plans[count], show)
 
     # 6) Fit, write, show.
     write_calibration(folder, settings, bundle, chosen_options()["model"], runs, gains, plans)
@@ -124,6 +125,14 @@ def watcher(show: Any, what: str, index: int) -> Callback:
     return lambda step: show(what, index, step, None)
 
 
+def check_refine(bundle: Bundle, settings: CalibrateSettings) -> None:
+    """Every expert's first step and the first after dropped frames compute, and the last one."""
+    starts = len(bundle.experts) + (getattr(bundle.model, "reasoning_steps", 0) > 0)
+    for count in settings.refine or []:
+        if count <= starts:
+            raise ConfigError(f"refine: must be >= {starts + 1} for this model, got {count}")
+
+
 def refine_steps(settings: CalibrateSettings) -> int:
     """Denoising steps that refining takes at most, for the progress bar."""
     if not settings.refine:
@@ -131,7 +140,7 @@ def refine_steps(settings: CalibrateSettings) -> int:
     from ditcache.calibrate.refine import REACH, ROUNDS, SHARES
 
     renders = sum(
-        ROUNDS * 3 * count + REACH * (settings.steps - count) + len(SHARES) + 3
+        ROUNDS * 3 * count + (REACH - 1) * (settings.steps - count) + len(SHARES) + 3
         for count in settings.refine
     )
     return renders * settings.refined_on * settings.steps

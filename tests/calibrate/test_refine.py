@@ -63,7 +63,7 @@ def made_up(target_mask, target_weights):
 def test_a_better_neighbour_and_better_weights_are_found():
     start = [mark == "#" for mark in "#.#..#.#"]
     best = [mark == "#" for mark in "#..#.#.#"]
-    weights = [[1.0], [1.0], [1.4, -0.5], [1.2, 0.1, -0.3]]
+    weights = [[1.0], [1.0], [1.5, -0.5], [1.2, 0.1, -0.3]]
     run = made_up(best, weights)
     references = [torch.cat([torch.ones(3), torch.zeros(13)]) for _ in range(2)]
     plan = Plan(start, [0.0] * 4, -10.0)
