@@ -77,7 +77,7 @@ class Planned(Policy):
         """Share of the line's slope that the fitted forecaster follows at a skipped step."""
         assert self.plan is not None
         skipped = self.plan["mask"][:step].count(".")
-        known = self.plan["damping"] if self.plan["mask"][step] == "." else []
+        known = self.plan.get("damping") if self.plan["mask"][step] == "." else None
         return float(known[skipped]) if known else 1.0
 
     @property
