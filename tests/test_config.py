@@ -210,8 +210,10 @@ def test_the_plans_of_a_calibration_fit_their_number_of_steps(name):
         mask = plan["mask"]
         assert len(mask) == steps and set(mask) <= {"#", "."}
         assert mask.count("#") == count and mask[0] == mask[-1] == "#"
-        assert len(plan["damping"]) == mask.count(".")
-        assert all(math.isfinite(number) for number in plan["damping"])
+        assert len(plan.get("weights") or plan["damping"]) == mask.count(".")
+        for weights in plan.get("weights", []):
+            assert sum(weights) == pytest.approx(1.0, abs=1e-3) and len(weights) <= 3
+        assert all(math.isfinite(number) for number in plan.get("damping", []))
 
 
 @pytest.mark.parametrize("name", options("model"))

@@ -179,7 +179,8 @@ def plan_of(target: Any, expert: str, settings: CacheSettings, layout: tuple[Blo
     assert own.policy is not None
     if settings.low is not None and len(experts_of(target)) < 2:
         raise ConfigError("cache.low: has no effect, this model has one expert; leave it out")
-    own = replace(own, policy=own.policy.fitted(calibration_of(target)))
+    policy = own.policy.fitted(calibration_of(target))
+    own = replace(own, policy=policy, forecaster=own.forecaster.beside(policy))
     return Plan(own, layout, spans_of(experts_of(target)[expert], layout, own))
 
 
