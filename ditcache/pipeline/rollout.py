@@ -6,7 +6,7 @@ Letters: C channels, F latent frames of a chunk, H W latent height and width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,7 @@ def rollout(
     width: int,
     start: Tensor | None = None,
     store: Store | None = None,
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Chunks of a video of any length, in memory that does not grow with it.
 
     texts: chunk -> the prompt from there on; 0 must be there. height, width: pixels. start: clean

@@ -40,9 +40,7 @@ def chunk_flops(
     return found
 
 
-def prefix_flops(
-    shape: Architecture, lengths: Sequence[int], unit: int, steps: int
-) -> list[int]:
+def prefix_flops(shape: Architecture, lengths: Sequence[int], unit: int, steps: int) -> list[int]:
     """Likewise without a cache: every step runs over all frames so far, block by block causal."""
     found, end, pairs = [], 0, 0
     for length in lengths:
