@@ -346,3 +346,17 @@ def test_an_abandoned_rollout_leaves_the_model_as_it_was(causal):
     chunks.close()
     assert [block.attn1.processor for block in causal.pipe.transformer.blocks] == before
     assert not causal.pipe.transformer.rope._forward_hooks
+
+
+def test_what_the_record_says_left_the_window_left_the_cache(causal, monkeypatch):
+    from ditcache.pipeline import rollout as loop
+
+    caches = []
+    make = loop.make_cache
+    monkeypatch.setattr(loop, "make_cache", lambda *a: caches.append(make(*a)) or caches[-1])
+    recipe = Recipe(lengths=(3,) * 6, timesteps=STEPS[:2], kv=KVSettings(7, 1))
+    left = 0
+    for chunk in rollout(causal, recipe, {0: text()}, height=SIDE, width=SIDE):
+        left += chunk.evicted
+        assert left == caches[0].evicted // 4
+    assert left == 11
