@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from ditcache.cache.settings import CacheSettings, with_low
 from ditcache.config import build
-from ditcache.errors import one_of
+from ditcache.errors import ConfigError, one_of
 from ditcache.kv.settings import KVSettings
 from ditcache.models.base import Model
-from ditcache.models.causal import CONTEXTS, CausalWan
+from ditcache.models.causal import CONTEXTS
 from ditcache.pipeline.chunks import partition, warped
 from ditcache.prompts import Prompts, choose_prompts
 from ditcache.store.base import Store
 from ditcache.store.tiered import TieredStore
+
+WHOLE = (
+    "model: {} generates whole clips; rollout needs a causal model, such as model=tiny_causal or "
+    "model=self_forcing"
+)
 
 
 @dataclass(kw_only=True)
@@ -65,11 +71,8 @@ class RolloutSettings:
     steps: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, CausalWan):
-            raise ValueError(
-                f"model: {type(self.model).__name__} generates whole clips; rollout needs a causal "
-                "model, such as model=tiny_causal or model=self_forcing"
-            )
+        if not self.model.causal:
+            raise ValueError(WHOLE.format(type(self.model).__name__))
         if self.model.vae_tiling:
             raise ValueError("model.vae_tiling: has no effect, rollout decodes frame by frame")
         for name in ("chunk", "chunks", "frames", "first_chunk", "fps", "upscale"):
@@ -93,8 +96,8 @@ class RolloutSettings:
     def check_steps(self) -> None:
         """Timesteps, guidance, context."""
         t = self.timesteps
-        falling = all(a > b for a, b in zip(t, t[1:], strict=False))
-        if not t or not falling or not 0 < t[-1] or t[0] > 1000:
+        falling = all(a > b for a, b in pairwise(t))
+        if not t or not falling or t[-1] <= 0 or t[0] > 1000:
             raise ValueError(f"timesteps: must fall from at most 1000 to above 0, got {t}")
         for name in ("guidance", "guidance_low", "shift"):
             value = getattr(self, name)
@@ -140,8 +143,8 @@ class RolloutSettings:
         for key, text in (self.switch or {}).items():
             if not str(key).isdigit() or not 0 < int(key) < len(self.lengths):
                 raise ValueError(
-                    f"switch.{key}: must be a chunk from 1 to {len(self.lengths) - 1}, which begins "
-                    "with another prompt"
+                    f"switch.{key}: must be a chunk from 1 to {len(self.lengths) - 1}, which "
+                    "begins with another prompt"
                 )
             if not str(text).strip():
                 raise ValueError(f"switch.{key}: must not be empty")
@@ -177,6 +180,8 @@ class RolloutSettings:
 def run(cfg: DictConfig) -> None:
     """One job."""
     # 1) Check everything that can be checked without weights.
+    if "timesteps" not in cfg.model:  # nothing that other keys take from the model is there either
+        raise ConfigError(WHOLE.format(str(cfg.model.get("_target_")).rpartition(".")[2]))
     settings = build(with_low(cfg), "", RolloutSettings)
     if settings.plan:
         from ditcache.report.rollout_plan import show as show_plan

@@ -87,7 +87,7 @@ class Int4:
         out.unflatten(-1, (-1, self.group)).mul_(step).add_(low)
 
 
-KINDS = {"int8": Int8, "int4": Int4}
+KINDS: dict[str, type[Int8] | type[Int4]] = {"int8": Int8, "int4": Int4}
 
 
 class Quantised:

@@ -46,9 +46,9 @@ class Entry:
 class Stored:
     """A block's keys and values."""
 
-    def __init__(self, store: Store, name: tuple, scratch: Scratch, room: int):
+    def __init__(self, store: Store, name: tuple[int, str, str], scratch: Scratch, room: int):
         self.store, self.scratch, self.room = store, scratch, room
-        self.prefix = (*name, len(scratch.members))  # generation, expert, branch, block
+        self.prefix = (*name, len(scratch.members))  # number, expert, branch, block
         self.entries: list[Entry] = []
         self.newest: list[Tensor] = []
         self.slots: Slots = []

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditcache.kv.attach import kv_attention
 from ditcache.kv.make import make_cache
@@ -85,11 +85,10 @@ class Masked:
 
 @torch.no_grad()
 def masked_forward(
-    transformer: nn.Module, latents: Tensor, timesteps: Tensor, text: Tensor, mask: Tensor
+    transformer: Any, latents: Tensor, timesteps: Tensor, text: Tensor, mask: Tensor
 ) -> Tensor:
     """One forward over latents [1, C, F, H, W]. timesteps [F]; mask [F, F]."""
-    blocks: Any = transformer.blocks
-    patch = transformer.config.patch_size  # type: ignore[union-attr]
+    blocks, patch = transformer.blocks, transformer.config.patch_size
     unit = (latents.shape[3] // patch[1]) * (latents.shape[4] // patch[2])
     whole = mask.repeat_interleave(unit, 0).repeat_interleave(unit, 1).to(latents.device)
     before = [block.attn1.processor for block in blocks]

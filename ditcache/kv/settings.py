@@ -52,3 +52,12 @@ class KVSettings:
                 f"window: must hold the sink and a chunk ({self.sink} + {longest} latent frames), "
                 f"got {self.window}"
             )
+
+    def note(self, chunk: int) -> str | None:
+        """What to say of a window that is legal and hardly meant."""
+        if self.window is None or self.window % chunk == 0:
+            return None
+        return (
+            f"kv.window={self.window} is no multiple of the chunk of {chunk}: of the oldest chunk a "
+            "part is seen"
+        )

@@ -13,7 +13,8 @@ def partition(frames: int, chunk: int, first: int | None = None) -> list[int]:
     """Latent frames of a video -> of its chunks: `first` (None: `chunk`), then `chunk` each; the
     last one is what remains.
     """
-    lengths, left = [], frames
+    lengths: list[int] = []
+    left = frames
     while left > 0:
         length = min(left, chunk if lengths or first is None else first)
         lengths.append(length)
@@ -50,7 +51,9 @@ class Noise:
 
         self.shape = shape  # C, H, W
         seeds = [
-            int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+            int(
+                np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+            )
             for step in range(steps)
         ]
         self.generators = [torch.Generator().manual_seed(own) for own in seeds]

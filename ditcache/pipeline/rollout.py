@@ -6,7 +6,7 @@ Letters: C channels, F latent frames of a chunk, H W latent height and width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,7 @@ def rollout(
     width: int,
     start: Tensor | None = None,
     store: Store | None = None,
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Chunks of a video of any length, in memory that does not grow with it.
 
     texts: chunk -> the prompt from there on; 0 must be there. height, width: pixels. start: clean
@@ -162,24 +162,24 @@ class Run:
         latents = latents.to(self.bundle.device, torch.float64)
         for step in range(len(self.recipe.timesteps)):  # those after it get their own
             self.noise.draw(step, latents.shape[2])
-        evicted, self.begun = self.evicted, set()
+        held, self.begun = self.frames_held, set()
         self.encode(begin, latents, text)
         clock.lap("context")
         self.hold(begin, latents)
-        return self.finished(index, begin, latents, True, clock, before, evicted, 0, None)
+        return self.finished(index, begin, latents, True, clock, before, held, 0, None)
 
     def make(
         self, index: int, begin: int, length: int, text: TextStates, *, changed: bool, last: bool
     ) -> Chunk:
         """A chunk that is generated, and encoded for those after it."""
         recipe, clock, before = self.recipe, Clock(self.bundle.device), self.forwards
-        recached = 0
+        recached, held = 0, self.frames_held
         if recipe.context == "recompute":
             self.encode_window(text, room=length)
         elif changed and recipe.recache:
             recached = self.encode_window(text, room=0)
         clock.lap("recache")
-        evicted, self.begun = self.evicted, set()
+        self.begun = set()
 
         # 1) Noise to clean latents: every step guesses them, all but the last add noise again.
         latents = self.noise.draw(0, length).to(self.bundle.device, torch.float64)
@@ -201,7 +201,7 @@ class Run:
         clock.lap("context")
         clock.seconds["context"] += clock.seconds.pop("recache")
         self.hold(begin, clean)
-        return self.finished(index, begin, clean, False, clock, before, evicted, recached, trace)
+        return self.finished(index, begin, clean, False, clock, before, held, recached, trace)
 
     def velocity(
         self, step: int, begin: int, latents: Tensor, timestep: float, text: TextStates
@@ -241,7 +241,7 @@ class Run:
         for begin, latents in self.held:
             self.begun = set()
             self.encode(begin, latents, text)
-        return sum(latents.shape[2] for _, latents in self.held)
+        return self.frames_held
 
     def forward(
         self,
@@ -293,9 +293,8 @@ class Run:
         self.held = kept
 
     @property
-    def evicted(self) -> int:
-        """Latent frames that have left the window."""
-        return max(cache.evicted for cache in self.caches.values()) // self.unit
+    def frames_held(self) -> int:
+        return sum(latents.shape[2] for _, latents in self.held)
 
     def finished(
         self,
@@ -305,7 +304,7 @@ class Run:
         given: bool,
         clock: Clock,
         before: int,
-        evicted: int,
+        held: int,
         recached: int,
         trace: Trace | None,
     ) -> Chunk:
@@ -316,7 +315,7 @@ class Run:
             given,
             {"denoise": 0.0, **clock.seconds},
             sum(cache.nbytes for cache in self.caches.values()),
-            self.evicted - evicted,
+            held + latents.shape[2] - self.frames_held,
             self.forwards - before,
             recached,
             trace,

@@ -39,7 +39,8 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if self.model.causal:
             raise ValueError(
-                "model: this one generates chunk by chunk and not whole clips; use `ditcache rollout`"
+                "model: this one generates chunk by chunk and not whole clips; use `ditcache "
+                "rollout`"
             )
         for name, low in (("steps", 1), ("seed", 0)):
             if getattr(self, name) < low:

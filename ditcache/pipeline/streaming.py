@@ -36,6 +36,9 @@ class StreamDecoder:
         """The next latents [1, C, F, H, W] -> float frames [T, H, W, 3] in 0..1: four for each
         latent frame, one for the video's first.
         """
+        hook = getattr(self.vae, "_hf_hook", None)  # of offloading, which sits on `decode` alone
+        if hasattr(hook, "pre_forward"):
+            hook.pre_forward(self.vae)
         latents = latents.to(self.device, self.vae.dtype)
         latents = self.vae.post_quant_conv(latents / (1.0 / self.spread) + self.mean)
         frames = [self.one(latents[:, :, i : i + 1]) for i in range(latents.shape[2])]

@@ -141,6 +141,8 @@ class Recorder:
                 f"per chunk; at most {found['ceiling']:g}x, as the first forward and the clean "
                 "pass always run"
             )
+        if found["evicted"] and (note := s.kv.note(s.chunk)):
+            console.print(note)
         tiers = self.rows[-1].get("tiers")
         if tiers:
             held = ", ".join(f"{name} {human_bytes(size)}" for name, size in tiers.items())

@@ -40,9 +40,7 @@ def chunk_flops(
     return found
 
 
-def prefix_flops(
-    shape: Architecture, lengths: Sequence[int], unit: int, steps: int
-) -> list[int]:
+def prefix_flops(shape: Architecture, lengths: Sequence[int], unit: int, steps: int) -> list[int]:
     """Likewise without a cache: every step runs over all frames so far, block by block causal."""
     found, end, pairs = [], 0, 0
     for length in lengths:
@@ -156,6 +154,8 @@ def show(settings: RolloutSettings) -> None:
         f"at least {clock(flops / rate)} on this {device} ({rate / 1e12:.3g} TFLOP/s in matrix "
         "products), decoding not counted",
     )
+    if note := s.kv.note(s.chunk):
+        table.add_row("window", note)
     if s.cache.policy is not None:
         table.add_row("step cache", f"{found['ceiling']:g}x at most: (steps + 1) / 2")
     Console().print(table)

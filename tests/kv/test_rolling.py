@@ -271,7 +271,9 @@ def test_other_storages_are_the_plain_one_coded(kind, window, sink, tmp_path):
                 cache.enable_overwrite_mode() if again else cache.enable_append_mode()
             for block in range(2):
                 new = chunk(length, 10 * index + again, block)
-                for exact, coded in zip(plain.update(block, *new), other.update(block, *new), strict=True):
+                for exact, coded in zip(
+                    plain.update(block, *new), other.update(block, *new), strict=True
+                ):
                     assert exact.shape == coded.shape
                     error = (exact - coded).abs().amax(-1) / exact.abs().amax(-1)
                     assert error.max() <= step, (kind, error.max())

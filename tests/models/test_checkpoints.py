@@ -71,7 +71,15 @@ def transformer(width, heads, ffn, layers, **more):
         )
 
 
-PREFIXES = ("", "model.", "model._fsdp_wrapped_module.", "module.model.", "net.", "model.diffusion_model.", "_orig_mod.")
+PREFIXES = (
+    "",
+    "model.",
+    "model._fsdp_wrapped_module.",
+    "module.model.",
+    "net.",
+    "model.diffusion_model.",
+    "_orig_mod.",
+)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -79,7 +87,9 @@ PREFIXES = ("", "model.", "model._fsdp_wrapped_module.", "module.model.", "net."
 def test_every_name_finds_its_place(size, prefix):
     *shape, count, parameters = SIZES[size]
     state = {
-        prefix + name.replace(".self_attn", "._checkpoint_wrapped_module.self_attn"): torch.empty(s, device="meta")
+        prefix + name.replace(".self_attn", "._checkpoint_wrapped_module.self_attn"): torch.empty(
+            s, device="meta"
+        )
         for name, s in published_shapes(*shape).items()
     }
     assert len(state) == count
@@ -87,7 +97,11 @@ def test_every_name_finds_its_place(size, prefix):
     model = transformer(*shape)
     fill(model, to_diffusers(plain_names(state)), torch.bfloat16)
     assert model.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
-    assert model.blocks[0].norm2.weight.dtype == model.blocks[0].scale_shift_table.dtype == torch.float32
+    assert (
+        model.blocks[0].norm2.weight.dtype
+        == model.blocks[0].scale_shift_table.dtype
+        == torch.float32
+    )
     if prefix == "model.":  # the pitfall: as it is, not one name fits
         names = set(model.state_dict())
         assert not names & set(to_diffusers(state))
@@ -107,7 +121,9 @@ def test_what_does_not_fit_is_listed():
     assert r"1 unexpected: blocks.30.ffn.net.0.proj.bias" in text
     assert r"1 of another shape: proj_out.bias (48,) for (64,)" in text
     with pytest.raises(DitcacheError, match=r"of another shape: .* \.\.\. \(\d+ more\)"):
-        other = {n: torch.empty(s, device="meta") for n, s in published_shapes(*SIZES["14B"][:4]).items()}
+        other = {
+            n: torch.empty(s, device="meta") for n, s in published_shapes(*SIZES["14B"][:4]).items()
+        }
         fill(transformer(*SIZES["1.3B"][:4]), to_diffusers(other), torch.float32)
 
 
@@ -129,24 +145,44 @@ def folder(tmp_path):
 def test_a_pt_file_with_ema_and_lora(folder):
     """As LongLive's: numbers arrive, swapped norms included, and the update is added."""
     state, generator = numbers(), torch.Generator().manual_seed(9)
-    lora, targets = {}, [n[:-7] for n in state if n.startswith("blocks") and n.endswith((".q.weight", ".0.weight"))]
+    lora, targets = (
+        {},
+        [
+            n[:-7]
+            for n in state
+            if n.startswith("blocks") and n.endswith((".q.weight", ".0.weight"))
+        ],
+    )
     for name in targets:
         rows, columns = state[f"{name}.weight"].shape
-        lora[f"base_model.model.model.{name}.lora_A.default.weight"] = torch.randn(4, columns, generator=generator)
-        lora[f"base_model.model.model.{name}.lora_B.default.weight"] = torch.randn(rows, 4, generator=generator)
-    torch.save({"generator": {f"model.{k}": v for k, v in state.items()}, "step": 3}, folder / "base.pt")
+        lora[f"base_model.model.model.{name}.lora_A.default.weight"] = torch.randn(
+            4, columns, generator=generator
+        )
+        lora[f"base_model.model.model.{name}.lora_B.default.weight"] = torch.randn(
+            rows, 4, generator=generator
+        )
+    torch.save(
+        {"generator": {f"model.{k}": v for k, v in state.items()}, "step": 3}, folder / "base.pt"
+    )
     torch.save({"generator_lora": lora}, folder / "lora.pt")
-    weights = Weights(str(folder), "base.pt", ["generator_ema", "generator"], "lora.pt", "generator_lora", 0.5)
+    weights = Weights(
+        str(folder), "base.pt", ["generator_ema", "generator"], "lora.pt", "generator_lora", 0.5
+    )
     model = load_transformer(str(folder), weights, torch.float32)
     name = "blocks.1.self_attn.q"
-    update = lora[f"base_model.model.model.{name}.lora_B.default.weight"] @ lora[f"base_model.model.model.{name}.lora_A.default.weight"]
+    update = (
+        lora[f"base_model.model.model.{name}.lora_B.default.weight"]
+        @ lora[f"base_model.model.model.{name}.lora_A.default.weight"]
+    )
     expected = state[f"{name}.weight"] + 0.5 * update
     assert torch.allclose(model.blocks[1].attn1.to_q.weight, expected, atol=1e-6)
     assert torch.equal(model.blocks[1].attn1.to_k.weight, state["blocks.1.self_attn.k.weight"])
     assert torch.equal(model.blocks[2].norm2.weight, state["blocks.2.norm3.weight"])
     assert torch.equal(model.scale_shift_table, state["head.modulation"])
     x = torch.randn(1, 16, 2, 4, 4)
-    assert model(x, torch.tensor([5.0]), torch.randn(1, 7, 64), return_dict=False)[0].isfinite().all()
+    assert (
+        model(x, torch.tensor([5.0]), torch.randn(1, 7, 64), return_dict=False)[0].isfinite().all()
+    )
 
 
 def test_the_command_loads_weights_apart_from_their_pipeline(checkpoints, tmp_path):
@@ -174,7 +210,9 @@ def test_files_that_are_something_else(folder):
         read_state(folder / "b.pt", [])
     with pytest.raises(DitcacheError, match=r"model\.weights\.file: .* has no c\.pt"):
         load_transformer(str(folder), Weights(str(folder), "c.pt"), torch.float32)
-    with pytest.raises(DitcacheError, match=r"cannot get x\.pt of no/where.*set model\.weights\.path"):
+    with pytest.raises(
+        DitcacheError, match=r"cannot get x\.pt of no/where.*set model\.weights\.path"
+    ):
         load_transformer(str(folder), Weights("no/where", "x.pt"), torch.float32)
 
 
@@ -186,7 +224,14 @@ def test_code_in_a_file_is_not_run(folder):
 
 def test_lora_without_partners():
     state = {"a.weight": torch.zeros(2, 2)}
-    for lora in ({"a.lora_A.weight": torch.zeros(1, 2)}, {"b.lora_A.weight": torch.zeros(1, 2), "b.lora_B.weight": torch.zeros(2, 1)}, {"a.alpha": torch.ones(1)}, {}):
-        with pytest.raises(DitcacheError, match=r"model\.weights\.lora: .* have no partner or no weight"):
+    for lora in (
+        {"a.lora_A.weight": torch.zeros(1, 2)},
+        {"b.lora_A.weight": torch.zeros(1, 2), "b.lora_B.weight": torch.zeros(2, 1)},
+        {"a.alpha": torch.ones(1)},
+        {},
+    ):
+        with pytest.raises(
+            DitcacheError, match=r"model\.weights\.lora: .* have no partner or no weight"
+        ):
             merge_lora(state, lora, 1.0)
     assert not state["a.weight"].any()

@@ -36,7 +36,9 @@ def experts(checkpoints):
 
 
 def text(seed=0):
-    both = [torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 50)]
+    both = [
+        torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 50)
+    ]
     return TextStates(*both)
 
 
@@ -59,7 +61,9 @@ def test_partition():
 def test_warped_timesteps():
     assert warped([1000, 750, 500, 250], 5) == pytest.approx([1000, 937.5, 833.333, 625], abs=1e-3)
     assert warped([1000, 750, 500, 250], 8) == pytest.approx([1000, 960, 888.89, 727.27], abs=1e-2)
-    assert warped([1000, 800, 600, 400, 200], 5) == pytest.approx([1000, 952.38, 882.35, 769.23, 555.56], abs=1e-2)
+    assert warped([1000, 800, 600, 400, 200], 5) == pytest.approx(
+        [1000, 952.38, 882.35, 769.23, 555.56], abs=1e-2
+    )
 
 
 def test_noise_depends_on_seed_frame_and_step_alone():
@@ -117,7 +121,9 @@ def test_going_on_from_given_latents(causal):
     assert [chunk.given for chunk in going_on] == [True, True, False, False]
     assert [chunk.forwards for chunk in going_on] == [1, 1, 5, 4]
     assert torch.equal(video(whole), video(going_on))
-    with pytest.raises(ConfigError, match="start: 4 latent frames end within chunk 1, which is 3 to 6"):
+    with pytest.raises(
+        ConfigError, match="start: 4 latent frames end within chunk 1, which is 3 to 6"
+    ):
         run(causal, start=video(whole)[:, :, :4])
 
 
@@ -158,7 +164,9 @@ def test_guidance_keeps_two_caches(causal):
     assert guided[0].kv_bytes == 2 * run(causal)[0].kv_bytes
     assert (video(guided) - video(run(causal))).abs().max() > 1e-3
     same = TextStates(text().cond, text().cond)
-    assert (video(run(causal, texts={0: same}, guidance=3.0)) - video(run(causal))).abs().max() < 1e-5
+    assert (
+        video(run(causal, texts={0: same}, guidance=3.0)) - video(run(causal))
+    ).abs().max() < 1e-5
 
 
 def test_two_experts_append_on_their_own_first_forward_and_both_get_a_clean_pass(experts):
@@ -168,7 +176,9 @@ def test_two_experts_append_on_their_own_first_forward_and_both_get_a_clean_pass
     for name, transformer in experts.experts.items():
         handles.append(
             transformer.register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: calls.append((name, float(kwargs["timestep"]))),
+                lambda module, args, kwargs, name=name: calls.append(
+                    (name, float(kwargs["timestep"]))
+                ),
                 with_kwargs=True,
             )
         )
@@ -179,7 +189,10 @@ def test_two_experts_append_on_their_own_first_forward_and_both_get_a_clean_pass
     names = [name for name, _ in calls[:10]]
     assert names == ["transformer"] * 4 + ["transformer_2"] * 4 + ["transformer", "transformer_2"]
     assert [t for _, t in calls[8:10]] == [0, 0]
-    assert all(not block.attn1.processor.__class__.__module__.startswith("ditcache") for block in experts.pipe.transformer.blocks)
+    assert all(
+        not block.attn1.processor.__class__.__module__.startswith("ditcache")
+        for block in experts.pipe.transformer.blocks
+    )
 
 
 def test_relative_positions_have_no_end(causal):
@@ -255,7 +268,10 @@ def test_a_step_cache_that_computes_everything_changes_nothing(causal):
     assert torch.equal(video(exact), video(run(causal, cache=skipping(every=1))))
 
 
-@pytest.mark.parametrize("policy", ["fbcache", "dbcache", "easycache", "seacache", "dicache", "interval", "taylorseer", "scm"])
+@pytest.mark.parametrize(
+    "policy",
+    ["fbcache", "dbcache", "easycache", "seacache", "dicache", "interval", "taylorseer", "scm"],
+)
 def test_policies_within_chunks(causal, policy):
     """State is new for every chunk; dynamic policies decide within one."""
     knobs = {"head": 1, "tail": 0}
@@ -270,7 +286,10 @@ def test_policies_within_chunks(causal, policy):
 
 def test_step_caches_that_cannot_are_refused_with_the_reason(causal):
     for cache, message in (
-        (read_settings("interval", None, {}), r"Interval computes all 4 steps of a chunk.*set cache\.head=1"),
+        (
+            read_settings("interval", None, {}),
+            r"Interval computes all 4 steps of a chunk.*set cache\.head=1",
+        ),
         (read_settings("planned", None, {}), "no plans"),
         (read_settings("teacache", None, {"head": 1}), "calibrat"),
         (skipping(every=1), "computes all 4 steps"),
@@ -301,7 +320,9 @@ def test_a_picture_becomes_the_first_frame(bundle):
     """Encoded and decoded it is the picture; chunks then go on from it."""
     from PIL import Image
 
-    frames = decode_latents(bundle, torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(2)))
+    frames = decode_latents(
+        bundle, torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    )
     picture = Image.fromarray((frames[0] * 255).round().astype("uint8"))
     start = encode_picture(bundle, picture, 64, 64)
     seen = decode_latents(bundle, start)
@@ -315,9 +336,27 @@ def test_a_picture_becomes_the_first_frame(bundle):
 def test_an_abandoned_rollout_leaves_the_model_as_it_was(causal):
     before = [block.attn1.processor for block in causal.pipe.transformer.blocks]
     chunks = rollout(
-        causal, Recipe(lengths=(3, 3), timesteps=STEPS, cache=skipping()), {0: text()}, height=SIDE, width=SIDE
+        causal,
+        Recipe(lengths=(3, 3), timesteps=STEPS, cache=skipping()),
+        {0: text()},
+        height=SIDE,
+        width=SIDE,
     )
     next(chunks)
     chunks.close()
     assert [block.attn1.processor for block in causal.pipe.transformer.blocks] == before
     assert not causal.pipe.transformer.rope._forward_hooks
+
+
+def test_what_the_record_says_left_the_window_left_the_cache(causal, monkeypatch):
+    from ditcache.pipeline import rollout as loop
+
+    caches = []
+    make = loop.make_cache
+    monkeypatch.setattr(loop, "make_cache", lambda *a: caches.append(make(*a)) or caches[-1])
+    recipe = Recipe(lengths=(3,) * 6, timesteps=STEPS[:2], kv=KVSettings(7, 1))
+    left = 0
+    for chunk in rollout(causal, recipe, {0: text()}, height=SIDE, width=SIDE):
+        left += chunk.evicted
+        assert left == caches[0].evicted // 4
+    assert left == 11
