@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import train_causal
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -58,7 +57,7 @@ def main() -> None:
     if arguments.write_card:
         folder = members.ZOO / MEMBER
         short = [video[:: len(video) // 4] for video in videos[:12]]
-        Image.fromarray(card.sample_picture(scenes, np.stack(short))).save(folder / "sample.png")
+        card.save_picture(card.sample_picture(scenes, np.stack(short)), folder / "sample.png")
         (folder / "CARD.md").write_text(make_card(arguments, results, switch))
 
 

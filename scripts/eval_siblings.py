@@ -48,7 +48,7 @@ def main() -> None:
             show("flow loss, lower is better", skills)
         if arguments.write_card:
             folder = members.ZOO / member
-            Image.fromarray(card.sample_picture(scenes, videos)).save(folder / "sample.png")
+            card.save_picture(card.sample_picture(scenes, videos), folder / "sample.png")
             text = sibling_card(member, arguments, results, skills)
             (folder / "CARD.md").write_text(text)
 
