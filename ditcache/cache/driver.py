@@ -7,11 +7,13 @@ last one, head, tail, the longest run of skips and the budget. Knows nothing of 
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ditcache.cache.ahead import upcoming
+from ditcache.cache.earlier import Place
 from ditcache.cache.policies.base import Context, Policy, Schedule
 from ditcache.cache.run import Call, Run
 from ditcache.cache.settings import CacheSettings
@@ -20,11 +22,12 @@ from ditcache.cache.trace import Decision
 from ditcache.errors import ConfigError, DitcacheError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
     from ditcache.cache.streams import Work
+    from ditcache.store.base import Key
 
 DELTA = -1  # the unit under which CFG-delta keeps its difference
 
@@ -80,6 +83,10 @@ class Driver:
         if call.computed is not None and self.whole and generation.wanted(self.expert, call.step):
             assert call.latents is not None
             self.settings.forecaster.observe(call.computed, output.float() - call.latents.float())
+        if call.computed is not None and self.whole and self.leaves(call, generation):
+            assert call.latents is not None
+            residual = output.float() - call.latents.float()
+            self.leave(call.computed.state, call, 0, generation, residual)
         result = output if call.output is None else call.output.to(output.dtype)
         if self.settings.cfg is not None:
             self.keep_delta(call, generation, result)
@@ -95,6 +102,8 @@ class Driver:
             raise ConfigError(f"{name}: its mask has {len(mask)} steps, the run has {steps}")
         if mask and own.first == 0 and not mask[0]:
             raise ConfigError(f"{name}: its mask skips the first step, which has nothing to reuse")
+        if s.warmstart is not None and generation.segment is not None:
+            self.run.earlier.forget(self.expert, generation.segment - s.warmstart.window)
         generation.masks[self.expert] = mask
         generation.ends[self.expert] = steps if schedule.end is None else schedule.end
         generation.sigmas = schedule.sigmas
@@ -168,12 +177,14 @@ class Driver:
             return work.joined
         state, forced = self.forced(state, call, work.joined, generation)
         context = self.context(call, state, index, work, names)
-        computed, reason = (True, forced) if forced else self.decide(context, state, generation)
-        forecast = None
-        if not computed:
-            forecast = self.settings.forecaster.forecast(context) if state.computed else None
-            if forecast is None:
-                computed, reason = True, "missing"
+        forecast = self.warm(call, state, index, generation)
+        computed, reason = False, "warm"
+        if forecast is None:
+            computed, reason = (True, forced) if forced else self.decide(context, state, generation)
+            if not computed:
+                forecast = self.settings.forecaster.forecast(context) if state.computed else None
+                if forecast is None:
+                    computed, reason = True, "missing"
         if forecast is None:
             out = self.computed(work, state)
         elif self.whole:
@@ -186,11 +197,56 @@ class Driver:
             call.computed = context if computed else None
             generation.decided[self.expert] = (call.step, call.branch, computed)
         self.remember(context, state, generation, computed, work.joined, out)
+        if computed and not self.whole and self.leaves(call, generation):
+            self.leave(state, call, index, generation, out - work.joined)
         self.note(call, index, computed, reason, context.signal, len(work.blocks), state)
-        self.run.store.prefetch(
-            upcoming(generation, self.settings, self.policy.per_unit, call, index)
-        )
+        own = upcoming(generation, self.settings, self.policy.per_unit, call, index)
+        self.run.store.prefetch(itertools.chain(self.upcoming_warm(call, index, generation), own))
         return out
+
+    def warm(
+        self, call: Call, state: UnitState, index: int, generation: Generation
+    ) -> Tensor | None:
+        """What an earlier segment's unit computed at this step, where it may stand in."""
+        s = self.settings
+        if not self.leaves(call, generation) or not generation.segment:
+            return None
+        if call.step >= call.num_steps - s.tail or self.exhausted(state):
+            return None
+        assert state.signature is not None
+        place = Place(self.expert, call.branch, index, call.step)
+        return self.run.earlier.get(place, state.signature)
+
+    def leaves(self, call: Call, generation: Generation) -> bool:
+        """Whether later segments may start with what is computed at this step."""
+        warmstart = self.settings.warmstart
+        return (
+            warmstart is not None and generation.segment is not None and call.step < warmstart.steps
+        )
+
+    def leave(
+        self, state: UnitState, call: Call, index: int, generation: Generation, residual: Tensor
+    ) -> None:
+        assert generation.segment is not None and state.signature is not None
+        place = Place(self.expert, call.branch, index, call.step)
+        self.run.earlier.put(
+            place, generation.segment, generation.shelf, state.signature, residual.detach()
+        )
+
+    def upcoming_warm(self, call: Call, index: int, generation: Generation) -> Iterator[Key]:
+        """What this segment, or at its last step the next one, asks for soon."""
+        if generation.segment and self.leaves(call, generation):
+            yield from self.run.earlier.upcoming(Place(self.expert, call.branch, index, call.step))
+        if call.step == call.num_steps - 1:
+            yield from self.run.earlier.first()
+
+    def exhausted(self, state: UnitState) -> str | None:
+        """Which limit on skips a unit has reached, or None."""
+        if self.settings.max_skips is not None and state.run >= self.settings.max_skips:
+            return "max_skips"
+        if self.settings.budget is not None and state.skipped >= self.settings.budget:
+            return "budget"
+        return None
 
     def computed(self, work: Work, state: UnitState) -> Tensor:
         """The unit's blocks, timed if the store weighs fetching against computing."""
@@ -222,6 +278,7 @@ class Driver:
                 signal,
                 blocks,
                 state.nbytes(),
+                self.run.segment or 0,
             )
         )
 
@@ -260,10 +317,9 @@ class Driver:
             step, branch, computed = generation.decided.get(self.expert, (-1, "", False))
             if step == call.step and branch != "uncond":
                 return computed, "cond"
-        if self.settings.max_skips is not None and state.run >= self.settings.max_skips:
-            return True, "max_skips"
-        if self.settings.budget is not None and state.skipped >= self.settings.budget:
-            return True, "budget"
+        limit = self.exhausted(state)
+        if limit is not None:
+            return True, limit
         if mask is not None:
             return mask[call.step], "policy"
         return agreed(self.policy.should_compute(context), context.hidden, self.group), "policy"

@@ -86,6 +86,9 @@ class Model:
     pipeline: ClassVar[str]  # class of diffusers that loads and conditions it
     needs_image: ClassVar[bool] = False
     stored_as: ClassVar[str | None] = None  # the class that the checkpoint names, where it differs
+    # How a segment of a long video goes on from the one before: from its last latent frames
+    # ("overlap"), from its last picture ("picture"), or not at all (None).
+    goes_on: ClassVar[str | None] = None
 
     path: str
     dtype: str = "bfloat16"
