@@ -125,6 +125,10 @@ class AbTestSettings(VideoSettings):
             if cache.cfg is not None and self.guidance <= 1:
                 raise ValueError(f"{name}.cfg: has no effect without guidance; set guidance > 1")
             cache.check_segments(name, self.segments)
+        if self.store.shares:
+            raise ValueError(
+                "store.share: one arm would use what another computed; set it to false"
+            )
         if self.search.asked and self.candidate.policy is None:
             raise ValueError("search: needs a policy to search over; set cache=<policy>")
         seeds = [self.seed] if self.seeds is None else self.seeds

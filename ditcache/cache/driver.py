@@ -13,21 +13,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ditcache.cache.ahead import upcoming
-from ditcache.cache.earlier import Place
 from ditcache.cache.policies.base import Context, Policy, Schedule
 from ditcache.cache.run import Call, Run
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.state import Generation, UnitState
 from ditcache.cache.trace import Decision
+from ditcache.cache.warm import Warm
 from ditcache.errors import ConfigError, DitcacheError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from torch import Tensor
 
     from ditcache.cache.streams import Work
-    from ditcache.store.base import Key
 
 DELTA = -1  # the unit under which CFG-delta keeps its difference
 
@@ -45,6 +44,7 @@ class Driver:
         self.whole = settings.granularity == "output"
         self.watches_output = type(self.policy).record_output is not Policy.record_output
         self.call: Call | None = None
+        self.warm = Warm(expert, settings, run)
 
     def begin_call(self, call: Call, schedule_of: Callable[[str, int], Schedule]) -> None:
         """A forward starts. `schedule_of(expert, num_steps)` describes the run if this call is the
@@ -83,10 +83,10 @@ class Driver:
         if call.computed is not None and self.whole and generation.wanted(self.expert, call.step):
             assert call.latents is not None
             self.settings.forecaster.observe(call.computed, output.float() - call.latents.float())
-        if call.computed is not None and self.whole and self.leaves(call, generation):
+        if call.computed is not None and self.whole and self.warm.takes(call, generation):
             assert call.latents is not None
             residual = output.float() - call.latents.float()
-            self.leave(call.computed.state, call, 0, generation, residual)
+            self.warm.leave(call.computed.state, call, 0, generation, residual)
         result = output if call.output is None else call.output.to(output.dtype)
         if self.settings.cfg is not None:
             self.keep_delta(call, generation, result)
@@ -102,8 +102,7 @@ class Driver:
             raise ConfigError(f"{name}: its mask has {len(mask)} steps, the run has {steps}")
         if mask and own.first == 0 and not mask[0]:
             raise ConfigError(f"{name}: its mask skips the first step, which has nothing to reuse")
-        if s.warmstart is not None and generation.segment is not None:
-            self.run.earlier.forget(self.expert, generation.segment - s.warmstart.window)
+        self.warm.begin(generation)
         generation.masks[self.expert] = mask
         generation.ends[self.expert] = steps if schedule.end is None else schedule.end
         generation.sigmas = schedule.sigmas
@@ -177,16 +176,25 @@ class Driver:
             return work.joined
         state, forced = self.forced(state, call, work.joined, generation)
         context = self.context(call, state, index, work, names)
-        forecast = self.warm(call, state, index, generation)
+        forecast = None
+        if not self.exhausted(state):
+            forecast = self.warm.residual(call, state, index, generation)
         computed, reason = False, "warm"
-        if forecast is None:
+        if forecast is not None:
+            if generation.wanted(self.expert, call.step):
+                self.settings.forecaster.observe(context, forecast)
+        else:
             computed, reason = (True, forced) if forced else self.decide(context, state, generation)
             if not computed:
                 forecast = self.settings.forecaster.forecast(context) if state.computed else None
                 if forecast is None:
                     computed, reason = True, "missing"
+        shared = None
         if forecast is None:
-            out = self.computed(work, state)
+            shared, name = self.warm.recall(call, index, work, generation)
+            out = self.computed(work, state) if shared is None else shared
+            if name is not None:
+                self.run.store.publish(name, out)
         elif self.whole:
             assert call.latents is not None
             out, call.output = work.joined, call.latents.float() + forecast
@@ -196,49 +204,20 @@ class Driver:
             call.leader = (computed, reason)
             call.computed = context if computed else None
             generation.decided[self.expert] = (call.step, call.branch, computed)
-        self.remember(context, state, generation, computed, work.joined, out)
-        if computed and not self.whole and self.leaves(call, generation):
-            self.leave(state, call, index, generation, out - work.joined)
+        self.remember(context, state, generation, computed, reason, work.joined, out)
+        if computed and not self.whole and self.warm.takes(call, generation):
+            self.warm.leave(state, call, index, generation, out - work.joined)
+        if shared is not None:  # as if computed in every other respect
+            computed, reason = False, "shared"
         self.note(call, index, computed, reason, context.signal, len(work.blocks), state)
-        own = upcoming(generation, self.settings, self.policy.per_unit, call, index)
-        self.run.store.prefetch(itertools.chain(self.upcoming_warm(call, index, generation), own))
+        self.run.store.prefetch(
+            itertools.chain(
+                self.warm.upcoming(call, index, generation),
+                upcoming(generation, self.settings, self.policy.per_unit, call, index),
+                self.warm.later(call, generation),
+            )
+        )
         return out
-
-    def warm(
-        self, call: Call, state: UnitState, index: int, generation: Generation
-    ) -> Tensor | None:
-        """What an earlier segment's unit computed at this step, where it may stand in."""
-        s = self.settings
-        if not self.leaves(call, generation) or not generation.segment:
-            return None
-        if call.step >= call.num_steps - s.tail or self.exhausted(state):
-            return None
-        assert state.signature is not None
-        place = Place(self.expert, call.branch, index, call.step)
-        return self.run.earlier.get(place, state.signature)
-
-    def leaves(self, call: Call, generation: Generation) -> bool:
-        """Whether later segments may start with what is computed at this step."""
-        warmstart = self.settings.warmstart
-        return (
-            warmstart is not None and generation.segment is not None and call.step < warmstart.steps
-        )
-
-    def leave(
-        self, state: UnitState, call: Call, index: int, generation: Generation, residual: Tensor
-    ) -> None:
-        assert generation.segment is not None and state.signature is not None
-        place = Place(self.expert, call.branch, index, call.step)
-        self.run.earlier.put(
-            place, generation.segment, generation.shelf, state.signature, residual.detach()
-        )
-
-    def upcoming_warm(self, call: Call, index: int, generation: Generation) -> Iterator[Key]:
-        """What this segment, or at its last step the next one, asks for soon."""
-        if generation.segment and self.leaves(call, generation):
-            yield from self.run.earlier.upcoming(Place(self.expert, call.branch, index, call.step))
-        if call.step == call.num_steps - 1:
-            yield from self.run.earlier.first()
 
     def exhausted(self, state: UnitState) -> str | None:
         """Which limit on skips a unit has reached, or None."""
@@ -330,12 +309,15 @@ class Driver:
         state: UnitState,
         generation: Generation,
         computed: bool,
+        reason: str,
         joined: Tensor,
         out: Tensor,
     ) -> None:
-        """Update what the unit keeps; after the expert's last step, keep nothing."""
+        """Update what the unit keeps; after the expert's last step, keep nothing. The policy may
+        start from a warm residual, which is this step's, as from a computed one.
+        """
         if context.unit_index == 0 or self.policy.per_unit:
-            self.policy.record(context, computed)
+            self.policy.record(context, computed or reason == "warm")
         state.run = 0 if computed else state.run + 1
         state.skipped += not computed
         if context.step == generation.ends[self.expert] - 1:

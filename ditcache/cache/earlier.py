@@ -73,9 +73,9 @@ class Earlier:
                 yield kept.key
             passed = passed or place == after
 
-    def first(self) -> Iterator[Key]:
-        """Keys that the first step of the next segment asks for."""
-        return (kept.key for place, kept in self.kept.items() if place.step == 0)
+    def all(self) -> Iterator[Key]:
+        """Keys in the order in which the next segment asks for them."""
+        return (kept.key for kept in self.kept.values())
 
     def clear(self) -> None:
         """The video is over."""

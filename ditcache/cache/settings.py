@@ -109,7 +109,7 @@ def read_settings(
     for the low-noise expert; with another `policy` nothing is shared. Raises ConfigError for
     unknown ones.
     """
-    parts = {"forecaster": forecaster, "cfg": cfg, "warmstart": warmstart}
+    parts: dict[str, Any] = {"forecaster": forecaster, "cfg": cfg, "warmstart": warmstart}
     settings = read_one(policy, **parts, knobs=knobs)
     if low is None:
         return settings

@@ -78,6 +78,7 @@ class Generation:
     ):
         self.number, self.num_steps, self.store = number, num_steps, store
         self.segment = segment  # of a long video; None: a video of its own
+        self.weights: dict[tuple[str, int], str | None] = {}  # hash per expert and unit
         self.shelf = shelf  # number under which it leaves residuals to later segments
         self.sigmas: tuple[float, ...] = ()
         self.step = -1

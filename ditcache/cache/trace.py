@@ -10,7 +10,7 @@ from typing import Any
 class Decision:
     """One unit at one call. `reason` says who decided: first, head, tail, shape, gap, max_skips,
     budget, policy, cond (uncond follows cond), cfg (CFG-delta), missing, warm (a residual of an
-    earlier segment).
+    earlier segment), shared (computed by another process).
 
     blocks: how many blocks the unit spans. nbytes: what the unit keeps in the store after the call.
     segment: of a long video.

@@ -34,6 +34,8 @@ class GenerateSettings(VideoSettings):
         if self.cache.cfg is not None and self.guidance <= 1:
             raise ValueError("cache.cfg: has no effect without guidance; set guidance > 1")
         self.cache.check_segments("cache", self.segments)
+        if self.store.shares and self.cache.warmstart is None:
+            raise ValueError("store.share: only warm starts are shared; add cache/warmstart=reuse")
         if self.compare and self.cache.policy is None:
             raise ValueError("compare: needs a cache to compare; set cache=<policy>")
         if self.plan and self.compare:

@@ -13,7 +13,7 @@ class WarmStart:
 
     It works because segments start from the same noise: at high noise their units see nearly the
     same (docs/long-video.md has figures). It goes before `head`; `tail`, `max_skips` and `budget`
-    hold. What was taken over is not what a segment computed itself, so no forecast builds on it.
+    hold. Forecaster and policy take what was reused for computed.
 
     steps: at the start of a segment; 0 reuses nothing. window: how many segments back a residual
     may come from; after that many in a row have reused it, one computes its own.
