@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -41,10 +41,11 @@ from ditcache.store.tiered import TieredStore
 MIB = 2**20
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PARTS = ("long", "cost", "prefetch")
-# (c): eight blocks, of which four always run; twelve steps, of which six may start warm.
-BLOCKS, FRONT, STEPS, WARM, SEGMENTS, WIDTH = 8, 4, 12, 6, 5, 4096
+# (c): a block that always runs, as long as the four cached ones; of twelve steps six start warm.
+CACHED, STEPS, WARM, SEGMENTS, WIDTH = 4, 12, 6, 3, 4096
 ENTRY = 4 * WIDTH * 4  # bytes of a residual
-KEPT = (BLOCKS - FRONT) * 2 * (WARM + 1)  # residuals at once: warm ones and the generation's own
+KEPT = CACHED * 2 * (WARM + 1)  # residuals at once: warm ones and the generation's own
+ARMS = ("device", "tiers, all fits", "tiers, prefetch", "tiers, no prefetch")
 FIRST = 32 * ENTRY  # budget of the first tier
 RATIOS = (0.25, 0.5, 0.9, 2.0)  # time to move what a forward needs / time it computes before that
 
@@ -55,7 +56,8 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--block", type=float, default=5.0, help="milliseconds per block in (c)")
+    parser.add_argument("--block", type=float, default=10.0, help="milliseconds per block in (c)")
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--out", type=Path, help="folder for plots")
     arguments = parser.parse_args()
     parts = (arguments.only,) if arguments.only else PARTS
@@ -65,7 +67,7 @@ def main() -> None:
     if "cost" in parts:
         cost_per_tier()
     if "prefetch" in parts:
-        failed += prefetch(arguments.rounds, arguments.block / 1e3, arguments.out)
+        failed += prefetch(arguments.rounds, arguments.block / 1e3, arguments.ratios, arguments.out)
     if failed:
         sys.exit("bench_store: " + "; ".join(failed))
 
@@ -185,7 +187,8 @@ class Slow(nn.Module):
 class SlowTransformer(nn.Module):
     def __init__(self, seconds: float):
         super().__init__()
-        self.blocks = nn.ModuleList(Slow(seconds) for _ in range(BLOCKS))
+        times = [CACHED * seconds, *[seconds] * CACHED]
+        self.blocks = nn.ModuleList(map(Slow, times))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -195,11 +198,11 @@ class SlowTransformer(nn.Module):
 
 @dataclass
 class Probed(Interval):
-    """Like DBCache's: some blocks at the front always run, during which there is time to fetch."""
+    """Like DBCache's: what is at the front always runs, and there is time to fetch meanwhile."""
 
     @property
     def probe(self) -> int:
-        return FRONT
+        return 1
 
 
 @dataclass
@@ -235,38 +238,38 @@ class SlowTiers(TieredStore):
             super().prefetch(keys)
 
 
-def prefetch(rounds: int, block: float, out: Path | None) -> list[str]:
-    """Seconds per video of five segments. The disk's latency follows from the ratio: a forward
-    needs four residuals, which two threads read during the four blocks that always run.
+def prefetch(rounds: int, block: float, ratios: Sequence[float], out: Path | None) -> list[str]:
+    """Seconds of a video's later segments. The disk's latency follows from the ratio: a forward
+    needs four residuals, which two threads read while the block at the front runs.
     """
     print(
-        f"(c), (d) {SEGMENTS} segments, {KEPT} residuals at once in a first tier for "
-        f"{FIRST // ENTRY}; {1e3 * block:g} ms per block; {rounds} rounds in turns\n"
+        f"(c), (d) {SEGMENTS} segments, {KEPT} residuals at once, a first tier for "
+        f"{FIRST // ENTRY}; {1e3 * block:g} ms per block; {rounds} rounds in turns; speed beside "
+        "everything on the device, medians over rounds\n"
     )
-    rows, failed, points = [], [], []
-    for ratio in RATIOS:
-        latency = ratio * FRONT * block / ((BLOCKS - FRONT) / 2)
-        taken: dict[str, list[float]] = {}
+    table(["move / compute", "disk", *ARMS, "prefetch gains"], [])
+    failed, points = [], []
+    for ratio in ratios:
+        latency = ratio * CACHED * block / (CACHED / 2)
+        taken: dict[str, list[float]] = {name: [] for name in ARMS}
         for number in range(rounds):
+            turn = number % len(ARMS)
             with tempfile.TemporaryDirectory() as folder:
-                arms = list(stores(folder, latency).items())
-                turn = number % len(arms)
-                for name, store in (*arms[turn:], *arms[:turn]):
-                    taken.setdefault(name, []).append(video(store, block))
-        share = {name: speeds(taken["device"], taken[name]) for name in taken}
+                arms = stores(folder, latency)
+                for name in (*ARMS[turn:], *ARMS[:turn]):
+                    taken[name].append(video(arms[name], block))
+        share = {name: speeds(taken["device"], taken[name]) for name in ARMS}
         gain = speeds(taken["tiers, no prefetch"], taken["tiers, prefetch"])
-        rows.append(
-            [f"{ratio:g}", f"{1e3 * latency:.1f} ms", f"{median(taken['device']):.2f} s",
-             *(f"{share[name]:.3f}" for name in list(taken) if name != "device"), f"{gain:.2f}x"]
-        )  # fmt: skip
+        row = [f"{share[name]:.3f}" for name in ARMS[1:]]
+        device = f"{median(taken['device']):.2f} s"
+        cells = [f"{ratio:g}", f"{1e3 * latency:.0f} ms", device, *row, f"{gain:.2f}x"]
+        print(f"| {' | '.join(cells)} |", flush=True)
         points.append((ratio, share))
         if ratio < 1 and share["tiers, prefetch"] < 0.97:
             failed.append(f"prefetch reaches {share['tiers, prefetch']:.3f} at ratio {ratio:g}")
         if gain < 0.97:
             failed.append(f"prefetch is slower than none at ratio {ratio:g}: {gain:.3f}x")
-    head = ["move / compute", "disk", "device", "tiers, all fits", "prefetch", "no prefetch"]
-    table([*head, "prefetch gains"], rows)
-    print("\nspeed relative to everything on the device, medians over rounds\n")
+    print()
     if out is not None:
         plot_prefetch(points, out / "store_prefetch.png")
     return failed
@@ -314,7 +317,7 @@ def video(store: Store, block: float) -> float:
 
 
 def table(head: list[str], rows: list[list[Any]]) -> None:
-    print(f"| {' | '.join(map(str, head))} |\n|{'---|' * len(head)}")
+    print(f"| {' | '.join(map(str, head))} |\n|{'---|' * len(head)}", flush=True)
     for row in rows:
         print(f"| {' | '.join(map(str, row))} |", flush=True)
 
