@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,7 @@ from ditcache.models.base import Bundle
 from ditcache.pipeline.callbacks import Step
 from ditcache.pipeline.denoise import decode_latents, denoise
 from ditcache.pipeline.inputs import Inputs, draw_inputs
-from ditcache.pipeline.segments import (
-    decode_segments,
-    hold,
-    join_frames,
-    join_latents,
-    last_picture,
-)
+from ditcache.pipeline.segments import hold, join_frames, join_latents, last_picture
 from ditcache.pipeline.text import encode_text
 
 if TYPE_CHECKING:
@@ -87,7 +81,6 @@ class Renderer:
         inputs = prepare(self.bundle, s, prompt, self.pictures[picture], seed=seed)
         if moved:
             inputs.latents = inputs.latents + moved * other_noise(inputs.latents, seed)
-        noise = inputs.latents
         clock.lap("text")
         s.store.reset_counters()
         attached = attach_settings(self.bundle, cache, s.store)
@@ -106,11 +99,13 @@ class Renderer:
             self.on_step(cache.name, index, step, watched or attached.trace)
 
         segments: list[Tensor] = []
-        pictures: list[np.ndarray] = []  # of segments that the next one needs the last frame of
+        decoded: list[np.ndarray] = []  # segments whose last picture the next one starts from
         times: list[float] = []
         try:
             with attached.one_video():
-                while True:
+                for number in range(s.segments):
+                    if number:
+                        inputs = self.go_on(inputs, segments[-1], decoded, seed, clock)
                     latents = denoise(
                         self.bundle,
                         inputs,
@@ -122,24 +117,13 @@ class Renderer:
                     )
                     times.append(clock.lap("denoise"))
                     segments.append(latents)
-                    if len(segments) == s.segments:
-                        break
-                    if self.bundle.model.goes_on == "picture":
-                        pictures.append(decode_latents(self.bundle, latents))
-                        clock.lap("decode")
-                        text, last = inputs.text, last_picture(pictures[-1])
-                        inputs = draw_inputs(self.bundle, text, **size(s), seed=seed, picture=last)
-                        inputs.latents = noise
-                    else:
-                        inputs = hold(inputs, latents, s.held)
-                    clock.lap("text")
         finally:
             disable_cache(self.bundle)
-        if pictures:
-            frames = join_frames([*pictures, decode_latents(self.bundle, latents)])
         latents = join_latents(self.bundle, segments, s.held)
-        if not pictures:
-            frames = decode_segments(self.bundle, latents, s.segments)
+        if decoded:
+            frames = join_frames([*decoded, decode_latents(self.bundle, segments[-1])])
+        else:
+            frames = decode_latents(self.bundle, latents)
         clock.lap("decode")
         counters = s.store.stats()
         return Video(
@@ -154,6 +138,28 @@ class Renderer:
             counters,
             times,
         )
+
+    def go_on(
+        self,
+        inputs: Inputs,
+        latents: Tensor,
+        decoded: list[np.ndarray],
+        seed: int,
+        clock: Clock,
+    ) -> Inputs:
+        """Inputs of the segment after the one with these latents, from the same noise; appends to
+        `decoded` where the model goes on from a picture.
+        """
+        if self.bundle.model.goes_on == "picture":
+            decoded.append(decode_latents(self.bundle, latents))
+            clock.lap("decode")
+            picture, shape = last_picture(decoded[-1]), size(self.settings)
+            fresh = draw_inputs(self.bundle, inputs.text, **shape, seed=seed, picture=picture)
+            inputs = replace(fresh, latents=inputs.latents)
+        else:
+            inputs = hold(inputs, latents, self.settings.held)
+        clock.lap("text")
+        return inputs
 
     @property
     def num_blocks(self) -> int:

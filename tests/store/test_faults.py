@@ -146,15 +146,15 @@ def small_disk(tmp_path):
 def test_a_small_file_system_keeps_what_fits(small_disk):
     with TieredStore(gpu=0, cpu=0, disk=None, directory=str(small_disk)) as store:
         with pytest.warns(RuntimeWarning, match="No space left on device") as warned:
-            for unit in range(12):
+            for unit in range(30):
                 store.put(key(unit), ones(unit))
-        kept = found(store, range(12))
-        assert len(warned) == 1 and 0 < sum(kept) < 12 and kept[0] and not kept[-1]
-        assert tiers(store, "faults") == {"disk": 12 - sum(kept)}
+        kept = found(store, range(30))
+        assert len(warned) == 1 and 0 < sum(kept) < 30 and kept[0] and not kept[-1]
+        assert tiers(store, "faults") == {"disk": 30 - sum(kept)}
         assert not list(store.homes.tiers[-1].folder.path.glob(".*"))  # no half-written file
         store.drop()
-        store.put(key(20), ones(20))  # there is room again
-        assert found(store, [20]) == [True]
+        store.put(key(40), ones(40))  # there is room again
+        assert found(store, [40]) == [True]
     assert list(small_disk.iterdir()) == []
 
 
