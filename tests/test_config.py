@@ -16,6 +16,7 @@ from ditcache.cache.cfg.delta import CfgDelta
 from ditcache.cache.forecasters.base import Forecaster
 from ditcache.cache.policies.base import Policy
 from ditcache.cache.settings import CacheSettings
+from ditcache.cache.warmstart.reuse import WarmStart
 from ditcache.cli import commands, conf_dir, groups, header, options
 from ditcache.commands.calibrate import CalibrateSettings
 from ditcache.commands.generate import GenerateSettings
@@ -29,6 +30,7 @@ from ditcache.prompts import Prompts
 from ditcache.store.base import Store
 
 BASES = {
+    "cache/warmstart": WarmStart,
     "cache": CacheSettings,
     "cache/cfg": CfgDelta,
     "cache/forecaster": Forecaster,
@@ -46,6 +48,7 @@ YAMLS = sorted(
 NAMES = [p.relative_to(conf_dir()).with_suffix("").as_posix() for p in YAMLS]
 
 
+ALONE = (CfgDelta, WarmStart)  # bases that are their folder's only class
 CAUSAL = ("tiny_causal", "self_forcing", "longlive", "causvid", "krea_realtime", "sfwan2.2")
 USED_BY = {  # groups, and options, that `generate` does not take
     "metrics": "ab-test",
@@ -59,6 +62,7 @@ COMMANDS = {
     "rollout": RolloutSettings,
 }
 BESIDE = {  # what an option needs to make sense
+    "cache/warmstart": ["cache=interval", "segments=2"],
     "cache/cfg": ["cache=interval"],
     "cache/forecaster": ["cache=interval"],
     "cache/forecaster/fitted": ["cache=planned"],
@@ -141,13 +145,14 @@ def test_every_policy_and_forecaster_file_has_a_yaml():
         ("policies", "cache", Policy),
         ("forecasters", "cache/forecaster", Forecaster),
         ("cfg", "cache/cfg", CfgDelta),
+        ("warmstart", "cache/warmstart", WarmStart),
     ):
         files = {path.stem for path in (root / folder).glob("*.py")} - {"base", "__init__"}
         assert files and files <= set(options(group))
         for name in files:
             module = __import__(f"ditcache.cache.{folder}.{name}", fromlist=["x"])
             assert any(
-                isinstance(v, type) and issubclass(v, base) and (v is not base or base is CfgDelta)
+                isinstance(v, type) and issubclass(v, base) and (v is not base or base in ALONE)
                 for v in vars(module).values()
             )
 

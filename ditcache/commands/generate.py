@@ -9,12 +9,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from ditcache.cache.settings import CacheSettings, with_low
 from ditcache.config import build
-from ditcache.pipeline.settings import SamplingSettings, check_bundle
+from ditcache.pipeline.settings import VideoSettings, check_bundle
 from ditcache.store.base import Store
 
 
 @dataclass(kw_only=True)
-class GenerateSettings(SamplingSettings):
+class GenerateSettings(VideoSettings):
     """The keys of conf/generate.yaml, checked before torch is imported or a checkpoint touched."""
 
     cache: CacheSettings
@@ -33,6 +33,9 @@ class GenerateSettings(SamplingSettings):
         self.cache.check_effect()
         if self.cache.cfg is not None and self.guidance <= 1:
             raise ValueError("cache.cfg: has no effect without guidance; set guidance > 1")
+        self.cache.check_segments("cache", self.segments)
+        if self.store.shares and self.cache.warmstart is None:
+            raise ValueError("store.share: only warm starts are shared; add cache/warmstart=reuse")
         if self.compare and self.cache.policy is None:
             raise ValueError("compare: needs a cache to compare; set cache=<policy>")
         if self.plan and self.compare:
@@ -53,7 +56,7 @@ def run(cfg: DictConfig) -> float | None:
     # 2) Load, see that the cache fits the model, then open the run folder.
     from ditcache.report.progress import progress
 
-    total = len(settings.texts) * settings.steps * (2 if settings.compare else 1)
+    total = len(settings.texts) * settings.segments * settings.steps * (1 + settings.compare)
     with progress(total) as show, closing(settings.store) as store:
         from ditcache.cache.attach import check_fit
         from ditcache.models.load import load_once

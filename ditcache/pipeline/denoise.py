@@ -64,7 +64,7 @@ def run_steps(
         None if bundle.boundary is None else bundle.boundary * scheduler.config.num_train_timesteps
     )
     dtypes = {name: transformer.dtype for name, transformer in bundle.experts.items()}
-    latents = inputs.latents
+    latents = inputs.hold(inputs.latents, sigmas[0])
     reasoning = getattr(bundle.model, "reasoning_steps", 0)
     for index, timestep in enumerate(scheduler.timesteps):
         # 0) ChronoEdit: the frames between the pictures before and after have done their part.
@@ -98,13 +98,14 @@ def run_steps(
 
         # 3) One step down the noise schedule.
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        latents = inputs.hold(latents, sigmas[index + 1])
         step = Step(
             index, len(timesteps), timesteps[index], sigmas[index], expert, latents, velocity
         )
         for callback in callbacks:
             callback(step)
         latents = step.latents
-    return inputs.known(latents)
+    return inputs.known(inputs.hold(latents, 0.0))
 
 
 def drop_reasoning(latents: Tensor, inputs: Inputs, scheduler: Any) -> tuple[Tensor, Inputs]:

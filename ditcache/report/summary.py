@@ -38,6 +38,8 @@ def write_summary(
         "cache": names["cache"],
         "seed": settings.seed,
         "steps": settings.steps,
+        "segments": settings.segments,
+        "frames": settings.total_frames,
         "prompts": [record.entry["prompt"] for record in records],
         **totals([record.entry for record in records]),
         "versions": versions(),
