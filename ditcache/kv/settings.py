@@ -58,6 +58,6 @@ class KVSettings:
         if self.window is None or self.window % chunk == 0:
             return None
         return (
-            f"kv.window={self.window} is no multiple of the chunk of {chunk}: of the oldest chunk a "
-            "part is seen"
+            f"kv.window={self.window} is no multiple of the chunk of {chunk}: of the oldest chunk "
+            "only a part is seen"
         )
