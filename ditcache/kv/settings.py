@@ -59,5 +59,5 @@ class KVSettings:
             return None
         return (
             f"kv.window={self.window} is no multiple of the chunk of {chunk}: of the oldest chunk "
-            "a part is seen"
+            "only a part is seen"
         )
