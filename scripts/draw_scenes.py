@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from zoo import siblings, world
+from ditcache.clips import world
+from zoo import siblings
 
 
 def main() -> None:

@@ -19,8 +19,9 @@ from rich.progress import track
 from rich.table import Table
 
 import ditcache
+from ditcache.clips import judge, world
 from ditcache.metrics.psnr import psnr
-from zoo import card, family, judge, members, siblings, world
+from zoo import card, family, members, siblings
 
 GUIDANCE = 4.0
 LEVELS = (0.95, 0.8, 0.6, 0.4, 0.2)  # of noise, for flow losses

@@ -16,7 +16,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from rich.progress import track
 from transformers import UMT5EncoderModel
 
-from zoo import dit, members, siblings, text, training, world
+from ditcache.clips import world
+from zoo import dit, members, siblings, text, training
 from zoo.optim import MatrixAdam, trapezoid
 
 SEED = 20261121

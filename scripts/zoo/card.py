@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zoo import judge, world
+from ditcache.clips import judge, world
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 STAGES = ("vae", "dit", "decoder")
