@@ -1,7 +1,7 @@
 """Clips with another skill than moving: an object that turns into another colour or shape, at rest
 or on its way.
 
-Three domains of 29 frames each, drawn from a numpy generator: `motion` (an object moves), `edit` (it
+Three domains of 29 frames, drawn from a numpy generator: `motion` (an object moves), `edit` (it
 stays where it is and turns into something), `composite` (it does both, as its caption says).
 """
 
