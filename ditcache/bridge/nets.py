@@ -7,7 +7,7 @@ Every net fuses one layer's keys and values: `net(layer, source, target, time)`,
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -168,10 +168,9 @@ class FullNet(Net):
         mapped = self.maps[str(layer)](*source)
         if self.spec.gate == "none":
             return target[0] + mapped[0], target[1] + mapped[1]
-        gates = self.gates[str(layer)]
+        gates: Any = self.gates[str(layer)]
         key, value = (
-            t + gate(t, None, None) * (p - t)
-            for gate, p, t in zip(gates, mapped, target, strict=True)  # type: ignore[arg-type]
+            target[i] + gates[i](target[i], None, None) * (mapped[i] - target[i]) for i in (0, 1)
         )
         return key, value
 

@@ -49,7 +49,7 @@ def test_parameters_at_40_layers_of_40_x_128(spec, count):
 
 
 def test_max_params_is_enforced():
-    with torch.device("meta"), pytest.raises(DitcacheError, match="201,090 parameters .* 200,000"):
+    with torch.device("meta"), pytest.raises(DitcacheError, match=r"201,090 parameters .* 200,000"):
         Gating(max_params=200_000).make(WAN, WAN)
 
 

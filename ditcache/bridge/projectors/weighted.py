@@ -18,10 +18,10 @@ GRANULARITIES = ("global", "layer", "head")
 class Weighted(Projector):
     """t + a (s - t), for keys and values alike.
 
-    fusion_alpha: a, where it is fixed; the most |a| can become, where it is learned. learnable_alpha:
-    a starts at 0, that is closed, and is learned. A fixed one is open from the start, and 0.5 is
-    much for a frozen target. alpha_granularity: one a (`global`), one per layer for keys and one for
-    values (`layer`), or one per head as well (`head`).
+    fusion_alpha: a, where it is fixed; the most |a| can become, where it is learned.
+    learnable_alpha: a starts at 0, that is closed, and is learned. A fixed one is open from the
+    start, and 0.5 is much for a frozen target. alpha_granularity: one a (`global`), one per layer
+    for keys and one for values (`layer`), or one per head as well (`head`).
     """
 
     fusion_alpha: float = 0.5
