@@ -1,4 +1,4 @@
-"""Keys and values of a transformer's self-attention: taken out, and fused with others' on the way in.
+"""Keys and values of a transformer's self-attention: taken out, and others' fused in.
 
 Letters: B batch, N tokens, H heads, D head size. Keys are those before the rotary embedding.
 """

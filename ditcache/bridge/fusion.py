@@ -20,6 +20,10 @@ DRIVERS = ("stream", "store")
 FRAMES = ("all", "ends")
 
 
+def is_range(window: list[float]) -> bool:
+    return len(window) == 2 and 0 <= window[0] < window[1] <= 1
+
+
 @dataclass(kw_only=True)
 class Fusion:
     """How keys and values of a source reach a target.
@@ -73,9 +77,8 @@ class Fusion:
             raise ValueError(f"refresh_drop: must be between 0 and 1, got {self.refresh_drop}")
         if (self.refresh_every is None) == (self.refresh_drop is None):
             raise ValueError("refresh_drop: set either it or refresh_every, the other one to null")
-        if self.window is not None:
-            if len(self.window) != 2 or not 0 <= self.window[0] < self.window[1] <= 1:
-                raise ValueError(f"window: must be [low, high] within 0..1, got {self.window}")
+        if self.window is not None and not is_range(self.window):
+            raise ValueError(f"window: must be [low, high] within 0..1, got {self.window}")
         if self.source_frames == "ends" and self.leave_last_frame:
             raise ValueError("leave_last_frame: source_frames=ends would leave only the first")
 

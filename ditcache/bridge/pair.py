@@ -76,11 +76,9 @@ class Pair:
         text[draw.uncond] = 0
         text[draw.uncond, :count] = empty.text[0, :count]
         lengths[draw.uncond] = empty.lengths[0].clamp_max(count)
-        moved = Caption(
-            text.to(self.device).float(), lengths.to(self.device), None, caption.padded_to
-        )
+        text, lengths = text.to(self.device).float(), lengths.to(self.device)
         image = None if caption.image is None else caption.image.to(self.device).float()
-        return self.texts[role].read(moved), image
+        return self.texts[role].read(Caption(text, lengths, None, caption.padded_to)), image
 
     def seen(self, role: str, draw: Draw, latents: Tensor, sigma: Tensor) -> Seen:
         condition = self.samples.condition[draw.rows].to(self.device).float()
@@ -94,8 +92,8 @@ class Pair:
         """Everything students need of a draw. feeds: which sources. outputs: the source's velocity
         as well.
 
-        The source sees what the target's own Euler step makes of the noisy latents: it knows nothing
-        of the clip but these. A second view of it on the data's path would give it away.
+        The source sees what the target's own Euler step makes of the noisy latents: it knows
+        nothing of the clip but these. A second view of it on the data's path would give it away.
         """
         feeds, device = {feed for feed in feeds if feed}, self.device
         clean = self.samples.latents[draw.rows].to(device).float()

@@ -104,8 +104,8 @@ def load_samples(path: Path, bundles: Mapping[str, Bundle]) -> Samples:
     sides: dict[str, dict[str, Caption]] = {"sides": {}, "empty": {}}
     for part, captions in sides.items():
         for side, padded_to in about["padded_to"].items():
-            get: Any = lambda name, at=f"{part}.{side}": tensors.get(f"{at}.{name}")
-            captions[side] = Caption(get("text"), get("lengths"), get("image"), padded_to)
+            own = [tensors.get(f"{part}.{side}.{name}") for name in ("text", "lengths", "image")]
+            captions[side] = Caption(*own, padded_to)
     arrays = (tensors[name] for name in ("latents", "condition", "domain", "split"))
     return Samples(*arrays, about["domains"], **sides)
 

@@ -116,7 +116,10 @@ def draw_batch(pair: Pair, recipe: Recipe, step: int, process: int) -> Draw:
         random.Random(f"{recipe.seed} {step} {process}").getrandbits(60)
     )
     samples, count = pair.samples, recipe.batch_size
-    uniform: Callable[[], Tensor] = lambda: torch.rand(count, generator=generator)
+
+    def uniform() -> Tensor:
+        return torch.rand(count, generator=generator)
+
     pools = [samples.rows("train", domain) for domain in samples.domains]
     pools = [pool for pool in pools if len(pool)]
     start = int(torch.randint(len(pools), (1,), generator=generator))

@@ -38,7 +38,7 @@ class FolderData(Data):
         self.clips()
 
     def clips(self) -> list[tuple[Path, str, str, str]]:
-        """(video, domain, caption, caption for ChronoEdit), in order of names. Raises ValueError."""
+        """(video, domain, caption, caption for ChronoEdit), by name. Raises ValueError."""
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
             raise ValueError(f"data.path: no folder '{folder}'")
@@ -51,9 +51,7 @@ class FolderData(Data):
         for file in files:
             caption, own = file.with_suffix(".txt"), file.with_suffix(".chrono.txt")
             if not caption.is_file():
-                raise ValueError(
-                    f"data.path: {file} has no caption; write {caption.name} beside it"
-                )
+                raise ValueError(f"data.path: {file} has no caption {caption.name} beside it")
             text = caption.read_text(encoding="utf-8").strip()
             chrono = own.read_text(encoding="utf-8").strip() if own.is_file() else text
             domain = file.parent.relative_to(folder).as_posix()
