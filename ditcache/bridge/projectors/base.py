@@ -50,6 +50,13 @@ class Projector:
         """Whether there is anything to train."""
         return True
 
+    @property
+    def own_is_target(self) -> bool:
+        """Whether the target's own keys and values, given as a source, change nothing, so that the
+        control "reads itself" is the target.
+        """
+        return True
+
     def make(self, source: Shape, target: Shape) -> Net:
         """Fresh weights, closed: what it fuses is the target, bit for bit. Raises DitcacheError
         where the shapes cannot be mapped or `max_params` is passed.

@@ -47,6 +47,10 @@ class Full(Projector):
         if self.form == "concat" and self.gate != "none":
             raise ValueError("gate: form=concat weighs tokens and heads itself; set gate=none")
 
+    @property
+    def own_is_target(self) -> bool:
+        return False
+
     def check(self, source: Shape, target: Shape) -> None:
         """Any two shapes can be mapped."""
 
