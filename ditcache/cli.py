@@ -108,9 +108,11 @@ def overview() -> str:
 
 def command_help(command: str) -> str:
     primary = conf_dir() / f"{command.replace('-', '_')}.yaml"
-    lines = [f"usage: ditcache {command} [prompt ...] [group=option ...] [key=value ...] [-m]", ""]
-    lines += [*header(primary), "", "config groups (group=option):"]
     text = primary.read_text(encoding="utf-8")
+    renders = "\n  - sampling" in text
+    prompts = "[prompt ...] " if renders else ""
+    lines = [f"usage: ditcache {command} {prompts}[group=option ...] [key=value ...] [-m]", ""]
+    lines += [*header(primary), "", "config groups (group=option):"]
     used = re.findall(r"^  - (\w+):", text, re.M)
     lines += [
         f"  {group:<18} {', '.join(options(group))}"
@@ -118,7 +120,7 @@ def command_help(command: str) -> str:
         if group.split("/")[0] in used and options(group)
     ]
     lines += ["", "keys:"]
-    shared = (conf_dir() / "sampling.yaml").read_text(encoding="utf-8")
+    shared = (conf_dir() / "sampling.yaml").read_text(encoding="utf-8") if renders else ""
     lines += [f"  {key:<22} {text}" for key, text in keys_of(shared + text)]
     lines += [
         "",

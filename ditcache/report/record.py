@@ -76,6 +76,7 @@ def facts(video: Video) -> dict[str, Any]:
         },
         "state_bytes_peak": video.state_bytes_peak,
         "store": video.store,
+        **({"bridge": video.bridge} if video.bridge else {}),
     }
 
 
