@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -239,6 +240,12 @@ class Course:
                 progress.update(task, advance=1, loss=shown)
 
             yield tick
+
+
+def fresh_accelerator(mixed_precision: str, *, cpu: bool) -> Accelerator:
+    """Accelerate keeps one state per process, which the jobs of a sweep may set differently."""
+    AcceleratorState._reset_state()
+    return Accelerator(cpu=cpu, mixed_precision=mixed_precision)
 
 
 def model_option(bundle: Bundle) -> str:

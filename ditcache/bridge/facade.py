@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ditcache.bridge.capture import shape_of
-from ditcache.bridge.course import Course, model_option
+from ditcache.bridge.course import Course, fresh_accelerator, model_option
 from ditcache.bridge.fingerprint import fingerprint
 from ditcache.bridge.fusion import SIDES, Fusion
 from ditcache.bridge.generate import texts_of
@@ -147,8 +147,6 @@ class WanChronoEditBridge:
         conf/data, data_settings: its keys; settings: keys of conf/bridge_train.yaml. Returns the
         loss per step of each run.
         """
-        from accelerate import Accelerator
-
         from ditcache.commands.bridge_train import BridgeTrainSettings
 
         node = OmegaConf.load(conf_dir() / "bridge_train.yaml")
@@ -170,7 +168,7 @@ class WanChronoEditBridge:
             node[group] = {"_target_": target, **vars(spec)}
         checked = build(node, "", BridgeTrainSettings)
         on_cpu = self.bundles["wan"].device.type == "cpu"
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision=checked.mixed_precision)
+        accelerator = fresh_accelerator(checked.mixed_precision, cpu=on_cpu)
         course = Course(checked, self.bundles, accelerator)
         path = Path(folder).expanduser()
         path.mkdir(parents=True, exist_ok=True)

@@ -110,15 +110,13 @@ def run(cfg: DictConfig) -> None:
         model.check_folder()
 
     # 2) Load both models, see that they fit, open the run folder.
-    from accelerate import Accelerator
-
-    from ditcache.bridge.course import Course
+    from ditcache.bridge.course import Course, fresh_accelerator
     from ditcache.models.load import load
     from ditcache.report.run_folder import open_run_folder
 
     bundles = {side: load(model) for side, model in settings.models.items()}
     on_cpu = all(bundle.device.type == "cpu" for bundle in bundles.values())
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=settings.mixed_precision)
+    accelerator = fresh_accelerator(settings.mixed_precision, cpu=on_cpu)
     course = Course(settings, bundles, accelerator)
     folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))
 

@@ -121,7 +121,7 @@ def write_bridge_report(
         table.add_column(name, justify="left" if index == 0 else "right")
     for cells in body:
         table.add_row(*cells)
-    console = Console(width=max(100, Console().width))
+    console = Console(width=max(150, Console().width))
     console.print(table)
     if not settings.evaluate:
         console.print("controls: the trained bridge with a wrong source; evaluate=true trains them")

@@ -22,7 +22,7 @@ class ZooData(Data):
     cache: folder in which latents are kept for the next run (None: they are made anew).
     """
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     wan_domain: str | None = "motion"
     chrono_domain: str | None = "edit"
     train: int = 128
