@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def encode(
         if pair is not None:
             latents = torch.cat([latents, encode_frames(first, pair)[:, :, 1:]], 2)
         condition = condition_of(first, frames[0], num_frames)
-    texts, images = {}, {}
+    texts: dict[str, Tensor] = {}
+    images: dict[str, Tensor | None] = {}
     for side, bundle in bundles.items():
         text = encode_text(bundle, captions[side], negative_prompt="", guidance=1.0).cond
         texts[side], _ = trimmed(text)
@@ -128,10 +130,13 @@ def encode(
     return Encoded(latents, condition, texts, images)
 
 
-def fast(device: Any) -> Any:
+@contextmanager
+def fast(device: Any) -> Iterator[None]:
     """bf16 for the VAE on a CPU: five times faster, off by 1.5 % of the latents' spread."""
-    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.device(device).type == "cpu")
+    on_cpu = torch.device(device).type == "cpu"
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16, enabled=on_cpu):
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        yield
 
 
 def condition_of(bundle: Bundle, picture: np.ndarray, num_frames: int) -> Tensor:

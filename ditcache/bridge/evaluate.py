@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -80,14 +81,7 @@ def candidates(pair: Pair, fusion: Fusion) -> dict[str, dict[str, Student]]:
 
     found: dict[str, dict[str, Student]] = {
         "output averaging": {f"share {a:g}": OutputAverage(a) for a in SHARES},
-        "timestep switching": {
-            f"source {'above' if above else 'below'} sigma {(high + low) / 2:.2f}": TimestepSwitch(
-                (high + low) / 2, source_above=above
-            )
-            for high, low in pairwise(LEVELS)
-            for above in (True, False)
-        }
-        | {"target throughout": TimestepSwitch(2.0, source_above=True)},
+        "timestep switching": switches(),
     }
     if WeightAverage.fits(pair.target, pair.source):
         found["weight average"] = {f"share {a:g}": WeightAverage(pair.source, a) for a in SHARES}
@@ -102,6 +96,16 @@ def candidates(pair: Pair, fusion: Fusion) -> dict[str, dict[str, Student]]:
             for a in SHARES
         }
         found["identity"] = {"": Bridged(Identity().make(source, target), fusion)}
+    return found
+
+
+def switches() -> dict[str, Student]:
+    """The source above or below each noise level between two that are judged, or nowhere."""
+    found: dict[str, Student] = {"target throughout": TimestepSwitch(2.0, source_above=True)}
+    for high, low in pairwise(LEVELS):
+        sigma = (high + low) / 2
+        for name, above in (("above", True), ("below", False)):
+            found[f"source {name} sigma {sigma:.2f}"] = TimestepSwitch(sigma, source_above=above)
     return found
 
 
@@ -120,9 +124,8 @@ def untrained_rows(
     chosen: dict[str, Student] = {TARGET: Alone(), SOURCE: Alone(source=True)}
     picked = {}
     for row, settings in options.items():
-        best = min(
-            settings, key=lambda s, row=row: float(known.get(f"{row}|{s}", torch.ones(1)).mean())
-        )
+        scores = {s: float(known[f"{row}|{s}"].mean()) for s in settings if len(settings) > 1}
+        best = min(scores, key=scores.__getitem__) if scores else next(iter(settings))
         chosen[row], picked[row] = settings[best], best
     losses = losses_of(pair, chosen, fusion, "test", autocast, on_batch)
     return [
@@ -147,7 +150,7 @@ def measure_costs(
         for _ in range(repeats):
             target.append(clocked(pair, lambda: batch.seen.call(pair.target)))
             for name, student in students.items():
-                taken[name].append(clocked(pair, lambda s=student: step_of(pair, s, batch)))
+                taken[name].append(clocked(pair, partial(step_of, pair, student, batch)))
     alone = statistics.median(target)
     return {name: statistics.median(times) / alone for name, times in taken.items()}
 

@@ -5,6 +5,7 @@ Letters: B batch, C channels, T latent frames, H W latent sides.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -59,6 +60,8 @@ class Pair:
     def opened(self) -> Iterator[None]:
         """Both transformers take captions without their padding."""
         with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())  # of autocast around an fp32 norm
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             self.texts["target"] = stack.enter_context(short_text(self.target))
             self.texts["source"] = (
                 self.texts["target"]

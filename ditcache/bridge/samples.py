@@ -104,10 +104,22 @@ def load_samples(path: Path, bundles: Mapping[str, Bundle]) -> Samples:
     sides: dict[str, dict[str, Caption]] = {"sides": {}, "empty": {}}
     for part, captions in sides.items():
         for side, padded_to in about["padded_to"].items():
-            own = [tensors.get(f"{part}.{side}.{name}") for name in ("text", "lengths", "image")]
-            captions[side] = Caption(*own, padded_to)
-    arrays = (tensors[name] for name in ("latents", "condition", "domain", "split"))
-    return Samples(*arrays, about["domains"], **sides)
+            own = f"{part}.{side}"
+            captions[side] = Caption(
+                tensors[f"{own}.text"],
+                tensors[f"{own}.lengths"],
+                tensors.get(f"{own}.image"),
+                padded_to,
+            )
+    return Samples(
+        latents=tensors["latents"],
+        condition=tensors["condition"],
+        domain=tensors["domain"],
+        split=tensors["split"],
+        domains=about["domains"],
+        sides=sides["sides"],
+        empty=sides["empty"],
+    )
 
 
 def cached(

@@ -146,7 +146,7 @@ class Router(Student):
         self.into = nn.Conv3d(3 * channels, hidden, 3, padding=1)
         self.out = nn.Conv3d(hidden, 1, 3, padding=1)
         nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
 
     def forward(self, batch: Batch, target: nn.Module) -> Tensor:
         alone, other = batch.alone, batch.source_velocity

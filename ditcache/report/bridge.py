@@ -146,8 +146,8 @@ def table_of(
     body = []
     for label, members in groups.items():
         cells = [f"{label} ({members[0].picked})" if members[0].picked else label]
-        for name in (*domains, None):
-            chosen = [i for i, d in enumerate(domain) if name in (None, d)]
+        for wanted in (*([one] for one in domains), domains):
+            chosen = [i for i, d in enumerate(domain) if d in wanted]
             values = [float(row.losses[chosen].mean()) for row in members]
             cells.append(with_spread(values))
         row = members[0]
