@@ -18,13 +18,14 @@ from rich.progress import track
 from rich.table import Table
 
 import ditcache
+from ditcache.clips import world
 from ditcache.kv.settings import KVSettings
 from ditcache.models.base import Bundle
 from ditcache.pipeline.chunks import warped
 from ditcache.pipeline.rollout import Recipe, rollout
 from ditcache.pipeline.streaming import StreamDecoder
 from ditcache.pipeline.text import encode_text
-from zoo import card, causal, drift, members, world
+from zoo import card, causal, drift, members
 
 MEMBER = "wan-causal-tiny"
 SWITCHED = 4  # chunk at which the caption changes

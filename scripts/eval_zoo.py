@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from zoo import card, family, judge, vae, world
+from ditcache.clips import judge, world
+from zoo import card, family, vae
 
 GOALS = {"background": 0.98, "colour": 0.93, "direction": 0.95, "shape": 0.75, "psnr": 30.0}
 

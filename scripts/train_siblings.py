@@ -16,7 +16,8 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from rich.progress import track
 from transformers import UMT5EncoderModel
 
-from zoo import dit, members, siblings, text, training, world
+from ditcache.clips import edits, world
+from zoo import dit, members, siblings, text, training
 from zoo.optim import MatrixAdam, trapezoid
 
 SEED = 20261121
@@ -68,7 +69,7 @@ def motion_clips(
     def make() -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([SEED, 3 if long else 1, training.RANK])
         count = (LONG_CLIPS if long else MOTION_CLIPS) // training.PROCESSES
-        frames = siblings.REASONING_FRAMES if long else world.NUM_FRAMES
+        frames = edits.REASONING_FRAMES if long else world.NUM_FRAMES
         scenes = [world.draw_scene(rng) for _ in range(count)]
         latents, condition, pictures = [], [], []
         for scene in track(scenes, description="encoding clips"):
@@ -92,8 +93,8 @@ def edit_clips(folder: Path, autoencoder: AutoencoderKLWan, *, reasoning: bool) 
     def make() -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([SEED, 2, training.RANK])
         count = (REASONING_CLIPS if reasoning else EDIT_CLIPS) // training.PROCESSES
-        pairs = [siblings.draw_edit(rng) for _ in range(count)]
-        frames = siblings.REASONING_FRAMES if reasoning else siblings.EDIT_FRAMES
+        pairs = [edits.draw_edit(rng) for _ in range(count)]
+        frames = edits.REASONING_FRAMES if reasoning else siblings.EDIT_FRAMES
         latents, condition, pictures = [], [], []
         for before, after in track(pairs, description="encoding edits"):
             picture = world.render(before)[0]

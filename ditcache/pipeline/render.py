@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ditcache.bridge.generate import Bridging, record_of, texts_of
 from ditcache.cache.attach import attach_settings, blocks_of, disable_cache
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.trace import Trace
@@ -36,7 +38,8 @@ class Video:
 
     frames: float [T, H, W, 3] in 0..1. latents [1, C, T', H', W'], of several segments as
     `join_latents` joins them. seconds: text, denoise, decode; segment_seconds: denoise, of each
-    segment. trace: the cache's decisions; without a cache, one computed unit per forward.
+    segment. trace: the cache's decisions; without a cache, one computed unit per forward. bridge:
+    what its sources cost, where there are some.
     """
 
     index: int
@@ -49,6 +52,7 @@ class Video:
     state_bytes_peak: int
     store: dict[str, Any] = field(default_factory=dict)
     segment_seconds: list[float] = field(default_factory=list)
+    bridge: dict[str, Any] = field(default_factory=dict)
 
 
 OnStep = Callable[[str, int, Step, Trace | None], None]
@@ -62,6 +66,7 @@ class Renderer:
     ):
         self.bundle, self.settings, self.on_step = bundle, settings, on_step
         self.pictures = {path: open_picture(path) for path in set(settings.pictures)}
+        self.bridging: Bridging | None = None
 
     def render(
         self,
@@ -73,9 +78,11 @@ class Renderer:
         seed: int,
         steps: int | None = None,
         moved: float = 0.0,
+        bridged: bool = False,
     ) -> Video:
         """One video of `settings.segments`. The cache is attached for this video only, so nothing
         can leak into the next. moved: that much of other noise is added to the initial noise.
+        bridged: `bridging`'s sources are read.
         """
         s, clock = self.settings, Clock(self.bundle.device)
         inputs = prepare(self.bundle, s, prompt, self.pictures[picture], seed=seed)
@@ -84,6 +91,7 @@ class Renderer:
         clock.lap("text")
         s.store.reset_counters()
         attached = attach_settings(self.bundle, cache, s.store)
+        bridge, start = None, 0
         watched = Trace() if cache.policy is None else None
 
         def watch(step: Step) -> None:
@@ -98,22 +106,32 @@ class Renderer:
                 )
             self.on_step(cache.name, index, step, watched or attached.trace)
 
+        sampling: dict[str, Any] = {
+            "steps": steps or s.steps,
+            "guidance": s.guidance,
+            "guidance_low": s.guidance_low,
+            "shift": s.shift,
+        }
         segments: list[Tensor] = []
         decoded: list[np.ndarray] = []  # segments whose last picture the next one starts from
         times: list[float] = []
         try:
-            with attached.one_video():
+            with ExitStack() as stack:
+                stack.enter_context(attached.one_video())
+                if bridged:
+                    assert self.bridging is not None
+                    given = (inputs, prompt, self.pictures[picture])
+                    bridge = self.bridging.bridge(*given, s.guidance, s.store)
+                    if self.bridging.settings.draft_steps is not None:
+                        inputs, start = self.bridging.draft(
+                            *given, seed=seed, size=size(s), sampling=sampling
+                        )
+                    stack.enter_context(bridge.attached(texts_of(inputs.text)))
                 for number in range(s.segments):
                     if number:
                         inputs = self.go_on(inputs, segments[-1], decoded, seed, clock)
                     latents = denoise(
-                        self.bundle,
-                        inputs,
-                        steps=steps or s.steps,
-                        guidance=s.guidance,
-                        guidance_low=s.guidance_low,
-                        shift=s.shift,
-                        callbacks=[watch],
+                        self.bundle, inputs, **sampling, start=start, callbacks=[watch]
                     )
                     times.append(clock.lap("denoise"))
                     segments.append(latents)
@@ -126,6 +144,11 @@ class Renderer:
             frames = decode_latents(self.bundle, latents)
         clock.lap("decode")
         counters = s.store.stats()
+        trace = watched or attached.trace
+        report = {}
+        if bridge is not None:
+            forwards = sum(d.computed and d.unit == 0 for d in trace.decisions)
+            report = record_of(bridge, forwards, clock.seconds["denoise"])
         return Video(
             index,
             prompt,
@@ -133,10 +156,11 @@ class Renderer:
             frames,
             latents.cpu(),
             clock.seconds,
-            watched or attached.trace,
+            trace,
             counters["bytes_peak"],
             counters,
             times,
+            report,
         )
 
     def go_on(

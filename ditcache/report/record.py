@@ -78,6 +78,7 @@ def facts(video: Video) -> dict[str, Any]:
         "state_bytes_peak": video.state_bytes_peak,
         "store": video.store,
         **({} if len(video.segment_seconds) == 1 else {"segments": segments(video)}),
+        **({"bridge": video.bridge} if video.bridge else {}),
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from zoo import judge, world
+from ditcache.clips import judge, world
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 STAGES = ("vae", "dit", "decoder")

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from ditcache.clips import world
 from ditcache.kv.attach import kv_attention
 from ditcache.kv.rolling import RollingKVCache
-from zoo import dit, world
+from zoo import dit
 
 CHUNK, TRAINED, LONG = 3, 9, 18  # latent frames: of a chunk, of a training sample, of a clip
 TOKENS = 16  # per latent frame

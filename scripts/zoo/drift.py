@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zoo import judge, world
+from ditcache.clips import judge, world
 
 LATER, REACH = 4, 14  # frames between two masks; pixels searched
 

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ditcache.clips import world
 from ditcache.models import delta
 from ditcache.models.zoo import BASE, DELTA, SHARED, WEIGHTS
-from zoo import causal, dit, siblings, text, world
+from zoo import causal, dit, siblings, text
 
 ZOO = Path("ditcache/zoo")
 COMMON = ("text_encoder", "tokenizer", "vae")

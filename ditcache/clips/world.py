@@ -87,7 +87,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
 
 
 def draw_caption(
-    rng, shape: str, colour: str, background: str, texture: str, direction: str
+    rng: np.random.Generator, shape: str, colour: str, background: str, texture: str, direction: str
 ) -> str:
     """Mostly one sentence; sometimes another verb, no article, no texture word or no background."""
     article = "" if rng.random() < 0.06 else "an " if colour == "orange" else "a "

@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from zoo import world
+from ditcache.clips import world
 
 QUALITIES = ("background", "colour", "direction", "shape")
 
