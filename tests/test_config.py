@@ -117,7 +117,10 @@ def test_keys_are_the_fields_of_the_class(name):
         return
     if "defaults" in node:
         keys |= {
-            str(key) for default in node.defaults if not isinstance(default, str) for key in default
+            str(key).rpartition("@")[2]
+            for default in node.defaults
+            if not isinstance(default, str)
+            for key in default
         }
     assert keys == {field.name for field in fields(cls) if field.init}
     if group == "cache" and not OmegaConf.is_missing(node.policy, "_target_"):
