@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ditcache.bridge.capture import shape_of
+from ditcache.bridge.data.zoo import ZooData
 from ditcache.bridge.evaluate import TARGET, Row, losses_of, measure_costs, untrained_rows
 from ditcache.bridge.fingerprint import fingerprint
 from ditcache.bridge.pair import Pair, shift_of
@@ -25,9 +26,10 @@ from ditcache.bridge.saved import End, Header, save_bridge
 from ditcache.bridge.students import Bridged, LowRankUpdate, Router, Student
 from ditcache.bridge.train import History, Recipe, train
 from ditcache.bridge.verdict import Losses, judge
+from ditcache.bridge.videos import judge_videos
 from ditcache.errors import Interrupted
 from ditcache.models.base import Bundle
-from ditcache.report.bridge import write_bridge_report, write_losses
+from ditcache.report.bridge import write_bridge_report, write_losses, write_videos
 
 if TYPE_CHECKING:
     from ditcache.bridge.nets import Net
@@ -179,6 +181,8 @@ class Course:
             pair = Pair(self.samples, self.transformers, target, source)
             with pair.opened():
                 self.judge(pair, target)
+            if s.videos:
+                self.watch(target, source)
         print(f"wrote {path}")
 
     def judge(self, pair: Pair, target: str) -> None:
@@ -192,7 +196,7 @@ class Course:
                 runs[0]["self"] = Bridged(net, fusion, "self")
         trained = {f"{i}|{k}": v for i, run in enumerate(runs) for k, v in run.items()}
         with self.bar("judging", 0) as tick:
-            rows = untrained_rows(pair, fusion, autocast, tick)
+            rows = untrained_rows(pair, fusion, autocast, tick, mixed=s.evaluate)
             losses = losses_of(pair, trained, fusion, "test", autocast, tick)
         known = {row.name: row.losses for row in rows}
         for key, student in trained.items():
@@ -219,6 +223,23 @@ class Course:
         ]
         verdicts = judge(judged, s.max_harm)
         write_bridge_report(self.folder, target, rows, domain, judged, verdicts, s)
+
+    def watch(self, target: str, source: str) -> None:
+        """Whole videos of both models and the bridge, read back."""
+        s = self.settings
+        assert isinstance(s.data, ZooData)
+        with self.bar("rendering", 3 * s.videos) as tick:
+            found = judge_videos(
+                self.bundles,
+                target,
+                source,
+                self.nets[target],
+                s.fusion,
+                count=min(s.videos, s.data.test),
+                seed=s.data.seed,
+                on_video=tick,
+            )
+        write_videos(self.folder, target, found)
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Any]:

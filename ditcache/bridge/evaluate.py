@@ -110,17 +110,19 @@ def switches() -> dict[str, Student]:
 
 
 def untrained_rows(
-    pair: Pair, fusion: Fusion, autocast: Any, on_batch: Callable[[], None]
+    pair: Pair, fusion: Fusion, autocast: Any, on_batch: Callable[[], None], *, mixed: bool = True
 ) -> list[Row]:
-    """The two models alone, and controls without training, with their settings picked."""
-    options = candidates(pair, fusion)
+    """The two models alone, and unless `mixed` is False what mixing them without training comes to,
+    with settings picked.
+    """
+    options = candidates(pair, fusion) if mixed else {}
     flat = {
         f"{row}|{setting}": student
         for row, settings in options.items()
         for setting, student in settings.items()
         if len(settings) > 1
     }
-    known = losses_of(pair, flat, fusion, "validation", autocast, on_batch)
+    known = losses_of(pair, flat, fusion, "validation", autocast, on_batch) if flat else {}
     chosen: dict[str, Student] = {TARGET: Alone(), SOURCE: Alone(source=True)}
     picked = {}
     for row, settings in options.items():

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ditcache.bridge.data.base import Data
+from ditcache.bridge.data.zoo import ZooData
 from ditcache.bridge.fusion import Fusion
 from ditcache.bridge.partner import check_two, load_partner, side_of
 from ditcache.bridge.projectors.base import Projector
@@ -50,6 +51,7 @@ class BridgeTrainSettings:
     evaluate: bool = False
     seeds: int = 1
     controls: list[str] = field(default_factory=lambda: list(CONTROLS))
+    videos: int = 0
     max_harm: float = 0.02
     other: Model = field(init=False)
 
@@ -57,7 +59,7 @@ class BridgeTrainSettings:
         for name in ("steps", "batch_size", "save_every", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be >= 1, got {getattr(self, name)}")
-        for name in ("weight_decay", "preservation", "max_harm", "seed"):
+        for name in ("weight_decay", "preservation", "max_harm", "seed", "videos"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: must be >= 0, got {getattr(self, name)}")
         for name in ("max_lag", "source_dropout", "caption_dropout"):
@@ -85,6 +87,8 @@ class BridgeTrainSettings:
                     f"fusion.{name}: has no effect on training, which sees single steps; set it "
                     "when generating"
                 )
+        if self.videos and not isinstance(self.data, ZooData):
+            raise ValueError("videos: reads back the procedural clips of data=zoo; set videos=0")
         self.data.check()
         self.other = load_partner(self.model, self.partner, self.partner_path)
         check_two(self.model, self.other, self.num_frames, self.fusion)

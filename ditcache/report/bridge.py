@@ -131,6 +131,19 @@ def write_bridge_report(
             console.print(f"   {line}")
 
 
+def write_videos(folder: Path, target: str, found: Mapping[str, Mapping[str, float]]) -> None:
+    """videos-<target>.json, and the same on the terminal."""
+    write_json(folder / f"videos-{target}.json", found)
+    table = Table(title="composite clips rendered whole: what the caption says is there")
+    columns = list(next(iter(found.values())))
+    for name in ("", *columns):
+        table.add_column(name, justify="right" if name else "left")
+    for method, row in found.items():
+        shown = [f"{row[c]:.1f} dB" if c == "psnr" else f"{row[c]:.0%}" for c in columns]
+        table.add_row(method, *shown)
+    Console().print(table)
+
+
 def table_of(
     rows: Sequence[Row], domain: Sequence[str], domains: Sequence[str]
 ) -> tuple[Cells, list[Cells]]:

@@ -60,7 +60,7 @@ def half_bridge(target, source, **settings):
 def test_a_skipped_target_step_asks_no_source(driver):
     target, source = model(seed=1), model("ChronoEditTransformer3DModel", 2)
     bridge = half_bridge(target, source, driver=driver)
-    cache = ditcache.enable_cache(target, "interval", every=2, tail=0)
+    cache = ditcache.enable_cache(target, "interval", every=2, head=1, tail=0)
     denoised(target, bridge)
     computed = {(d.step, d.branch) for d in cache.trace.decisions if d.computed}
     ditcache.disable_cache(target)
@@ -71,7 +71,7 @@ def test_a_skipped_target_step_asks_no_source(driver):
 def test_a_cache_that_skips_nothing_leaves_the_bridge_as_it_is():
     target, source = model(seed=1), model("ChronoEditTransformer3DModel", 2)
     plain = denoised(target, half_bridge(target, source))
-    ditcache.enable_cache(target, "interval", every=1)
+    ditcache.enable_cache(target, "interval", every=1, head=1)
     cached = denoised(target, half_bridge(target, source))
     ditcache.disable_cache(target)
     assert all(torch.equal(a, b) for a, b in zip(plain, cached, strict=True))
@@ -80,7 +80,7 @@ def test_a_cache_that_skips_nothing_leaves_the_bridge_as_it_is():
 def test_refreshes_align_with_the_steps_the_cache_computes():
     target, source = model(seed=1), model("ChronoEditTransformer3DModel", 2)
     bridge = half_bridge(target, source, refresh_every=3)
-    ditcache.enable_cache(target, "interval", every=2, tail=0)
+    ditcache.enable_cache(target, "interval", every=2, head=1, tail=0)
     denoised(target, bridge)
     ditcache.disable_cache(target)
     # Due from step 3 on, but the target computes again at 4.
