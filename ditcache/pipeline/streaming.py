@@ -36,7 +36,9 @@ class StreamDecoder:
         """The next latents [1, C, F, H, W] -> float frames [T, H, W, 3] in 0..1: four for each
         latent frame, one for the video's first.
         """
-        hook: Any = getattr(self.vae, "_hf_hook", None)  # of offloading, which sits on `decode` alone
+        hook: Any = getattr(
+            self.vae, "_hf_hook", None
+        )  # of offloading, which sits on `decode` alone
         if hasattr(hook, "pre_forward"):
             hook.pre_forward(self.vae)
         latents = latents.to(self.device, self.vae.dtype)
