@@ -12,9 +12,17 @@ _HOME = {
     "disable_cache": "ditcache.cache.attach",
     "register_policy": "ditcache.cache.policies.base",
     "load": "ditcache.models.load",
+    "WanChronoEditBridge": "ditcache.bridge.facade",
 }
 
-__all__ = ["__version__", "disable_cache", "enable_cache", "load", "register_policy"]
+__all__ = [
+    "WanChronoEditBridge",
+    "__version__",
+    "disable_cache",
+    "enable_cache",
+    "load",
+    "register_policy",
+]
 
 
 def __getattr__(name: str) -> Any:

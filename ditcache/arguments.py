@@ -19,6 +19,12 @@ PATH_KEYS = (
     "model.calibration",
     "cache.policy.calibration",
     "cache.low.policy.calibration",
+    "bridge.path",
+    "bridge.source_path",
+    "data.path",
+    "data.cache",
+    "partner_path",
+    "resume",
 )
 SPECIAL = re.compile(r"[^\w./\\:~@%+-]")  # what a path may hold and Hydra's grammar may not
 
@@ -54,6 +60,8 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
             flags += read_flag(argument, rest)
         elif argument.startswith("cache._target_="):  # short for a policy class of one's own
             overrides += ["cache=custom", argument.replace("cache.", "cache.policy.", 1)]
+        elif argument.lstrip("+").startswith("bridge="):
+            overrides += bridge_overrides(argument)
         elif argument.startswith("cache.low="):  # short for an option of its own
             overrides.append(f"+cache@{argument}")
         elif argument.startswith("cache.low."):  # says only what differs
@@ -72,6 +80,16 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     if prompts:
         overrides.append(f"prompt=[{','.join(quote(prompt) for prompt in prompts)}]")
     return flags + overrides
+
+
+def bridge_overrides(argument: str) -> list[str]:
+    """`+bridge=<option>`, or `+bridge=<file>` short for the option `saved` with that path."""
+    from ditcache.cli import options
+
+    value = argument.partition("=")[2]
+    if value in options("bridge"):
+        return [f"+bridge={value}"]
+    return ["+bridge=saved", quoted_override(f"bridge.path={value}")]
 
 
 def read_flag(argument: str, rest) -> list[str]:  # type: ignore[no-untyped-def]

@@ -108,9 +108,11 @@ def overview() -> str:
 
 def command_help(command: str) -> str:
     primary = conf_dir() / f"{command.replace('-', '_')}.yaml"
-    lines = [f"usage: ditcache {command} [prompt ...] [group=option ...] [key=value ...] [-m]", ""]
-    lines += [*header(primary), "", "config groups (group=option):"]
     text = primary.read_text(encoding="utf-8")
+    renders = "\n  - sampling" in text
+    prompts = "[prompt ...] " if renders else ""
+    lines = [f"usage: ditcache {command} {prompts}[group=option ...] [key=value ...] [-m]", ""]
+    lines += [*header(primary), "", "config groups (group=option):"]
     used = re.findall(r"^  - (\w+):", text, re.M)
     lines += [
         f"  {group:<18} {', '.join(options(group))}"
@@ -118,9 +120,8 @@ def command_help(command: str) -> str:
         if group.split("/")[0] in used and options(group)
     ]
     lines += ["", "keys:"]
-    if "\n  - sampling\n" in text:
-        text = (conf_dir() / "sampling.yaml").read_text(encoding="utf-8") + text
-    lines += [f"  {key:<22} {text}" for key, text in keys_of(text)]
+    shared = (conf_dir() / "sampling.yaml").read_text(encoding="utf-8") if renders else ""
+    lines += [f"  {key:<22} {text}" for key, text in keys_of(shared + text)]
     lines += [
         "",
         "flags: --cfg job (show the configuration), -m (sweep over comma-separated values),",

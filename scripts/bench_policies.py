@@ -31,9 +31,9 @@ from bench.table import difference, markdown, summary
 from rich.progress import track
 
 import ditcache
+from ditcache.clips import world
 from ditcache.config import load_yaml
 from ditcache.errors import DitcacheError
-from zoo import world
 
 STEPS, PROMPTS = 24, 40
 TARGETS, UNITS = (2.0, 3.0), ("blocks", "steps")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from zoo import siblings, world
+from ditcache.clips import world
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def draw(count: int, seed: int, *, edits: bool) -> list[tuple[world.Scene, str]]
     """(what the picture shows, prompt); other scenes than those of training and evaluation."""
     rng = np.random.default_rng([20261126, seed])
     if edits:
-        pairs = [siblings.draw_edit(rng) for _ in range(count)]
+        pairs = [edits.draw_edit(rng) for _ in range(count)]
         return [(before, after.caption) for before, after in pairs]
     return [(scene, scene.caption) for scene in (world.draw_scene(rng) for _ in range(count))]
 

@@ -19,8 +19,9 @@ from rich.progress import track
 from rich.table import Table
 
 import ditcache
+from ditcache.clips import edits, judge, world
 from ditcache.metrics.psnr import psnr
-from zoo import card, family, judge, members, siblings, world
+from zoo import card, family, members, siblings
 
 GUIDANCE = 4.0
 LEVELS = (0.95, 0.8, 0.6, 0.4, 0.2)  # of noise, for flow losses
@@ -31,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--member", choices=["all", *members.PIPELINES], default="all")
+    parser.add_argument("--member", choices=["all", *train_siblings.MEMBERS], default="all")
     parser.add_argument("--clips", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--write-card", action="store_true", help="CARD.md and sample.png as well")
@@ -39,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.clips < 4:
         parser.error("--clips must be >= 4")
-    for member in members.PIPELINES if arguments.member == "all" else [arguments.member]:
+    for member in train_siblings.MEMBERS if arguments.member == "all" else [arguments.member]:
         bundle = ditcache.load("tiny", path=f"zoo:{member}", **KINDS[member])
         results, scenes, videos = EVALUATE[member](bundle.pipe, arguments.clips, arguments.seed)
         show(member, results)
@@ -48,7 +49,7 @@ def main() -> None:
             show("flow loss, lower is better", skills)
         if arguments.write_card:
             folder = members.ZOO / member
-            Image.fromarray(card.sample_picture(scenes, videos)).save(folder / "sample.png")
+            card.save_picture(card.sample_picture(scenes, videos), folder / "sample.png")
             text = sibling_card(member, arguments, results, skills)
             (folder / "CARD.md").write_text(text)
 
@@ -75,7 +76,7 @@ def moving(pipe: Any, count: int, seed: int) -> tuple[Results, list[world.Scene]
 def from_picture(pipe: Any, count: int, seed: int) -> tuple[Results, list[world.Scene], np.ndarray]:
     """i2v: does it go on from the picture, and where the caption says."""
     scenes, results, shown = drawn(seed, count), {}, np.empty(0)
-    for frames in (siblings.REASONING_FRAMES, world.NUM_FRAMES):
+    for frames in (edits.REASONING_FRAMES, world.NUM_FRAMES):
         videos, first = [], []
         for number, scene in enumerate(track(scenes, f"{frames} frames", transient=True)):
             picture = world.render(scene)[0]
@@ -97,10 +98,12 @@ def from_picture(pipe: Any, count: int, seed: int) -> tuple[Results, list[world.
     return results, scenes, shown
 
 
-def edits(pipe: Any, count: int, seed: int) -> tuple[Results, list[world.Scene], np.ndarray]:
+def edited_pictures(
+    pipe: Any, count: int, seed: int
+) -> tuple[Results, list[world.Scene], np.ndarray]:
     """chronoedit: is the last picture the edited one, with the object where it was."""
     rng = np.random.default_rng([seed, 3])
-    pairs = [siblings.draw_edit(rng) for _ in range(count)]
+    pairs = [edits.draw_edit(rng) for _ in range(count)]
     results: Results = {}
     videos = np.empty(0)
     for name, way in REASONING.items():
@@ -131,12 +134,12 @@ def edits(pipe: Any, count: int, seed: int) -> tuple[Results, list[world.Scene],
 REASONING: dict[str, dict[str, Any]] = {
     "two frames": {"num_frames": siblings.EDIT_FRAMES},
     "reasoning, dropped after 8 steps": {
-        "num_frames": siblings.REASONING_FRAMES,
+        "num_frames": edits.REASONING_FRAMES,
         "enable_temporal_reasoning": True,
         "num_temporal_reasoning_steps": 8,
     },
     "reasoning, kept": {
-        "num_frames": siblings.REASONING_FRAMES,
+        "num_frames": edits.REASONING_FRAMES,
         "enable_temporal_reasoning": True,
         "num_temporal_reasoning_steps": family.STEPS,
     },
@@ -158,7 +161,7 @@ def edited(
     ).frames[0]
 
 
-EVALUATE = {"wan22-tiny": moving, "wan-i2v-tiny": from_picture, "chronoedit-tiny": edits}
+EVALUATE = {"wan22-tiny": moving, "wan-i2v-tiny": from_picture, "chronoedit-tiny": edited_pictures}
 KINDS: dict[str, dict[str, Any]] = {
     "wan22-tiny": {},
     "wan-i2v-tiny": {"_target_": "ditcache.models.wan.WanImageToVideo"},
@@ -190,11 +193,11 @@ def compare_skills(count: int, seed: int) -> Results:
         return {}
     pipes = [ditcache.load("tiny", path=f"zoo:{name}", **KINDS[name]).pipe for name in names]
     rng = np.random.default_rng([seed, 3])
-    edits_drawn = [siblings.draw_edit(rng) for _ in range(min(count, 32))]
+    edits_drawn = [edits.draw_edit(rng) for _ in range(min(count, 32))]
     moves = drawn(seed, min(count, 32))
     domains = {
         "motion, 5 latent frames": [(s, world.render(s), None) for s in moves],
-        "motion, 8": [(s, world.render(s, siblings.REASONING_FRAMES), None) for s in moves],
+        "motion, 8": [(s, world.render(s, edits.REASONING_FRAMES), None) for s in moves],
         "edit, 8": [(a, world.render(b), (b, a, True)) for b, a in edits_drawn],
         "edit, 2": [(a, world.render(b), (b, a, False)) for b, a in edits_drawn],
     }

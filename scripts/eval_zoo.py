@@ -19,12 +19,12 @@ import numpy as np
 import torch
 import train_zoo
 from diffusers import WanPipeline
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from zoo import card, family, judge, vae, world
+from ditcache.clips import judge, world
+from zoo import card, family, vae
 
 GOALS = {"background": 0.98, "colour": 0.93, "direction": 0.95, "shape": 0.75, "psnr": 30.0}
 
@@ -50,7 +50,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     if arguments.write_card:
-        Image.fromarray(card.sample_picture(scenes, videos)).save(arguments.model / "sample.png")
+        card.save_picture(card.sample_picture(scenes, videos), arguments.model / "sample.png")
         words = card.text(arguments.model, arguments.logs, results, **train_zoo.recipe())
         (arguments.model / "CARD.md").write_text(words)
 

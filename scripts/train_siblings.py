@@ -16,13 +16,15 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from rich.progress import track
 from transformers import UMT5EncoderModel
 
-from zoo import dit, members, siblings, text, training, world
+from ditcache.clips import edits, world
+from zoo import dit, members, siblings, text, training
 from zoo.optim import MatrixAdam, trapezoid
 
 SEED = 20261121
 BASE = Path("ditcache/zoo/wan-tiny")
 MOTION_CLIPS, LONG_CLIPS = 10_000, 3000
 EDIT_CLIPS, REASONING_CLIPS = 6000, 3000
+MEMBERS = ("wan22-tiny", "wan-i2v-tiny", "chronoedit-tiny")
 STEPS = {"wan22-high": 800, "wan22-low": 1000, "i2v": 2200, "chronoedit": 1200}
 BATCH = 32
 
@@ -67,7 +69,7 @@ def motion_clips(
     def make() -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([SEED, 3 if long else 1, training.RANK])
         count = (LONG_CLIPS if long else MOTION_CLIPS) // training.PROCESSES
-        frames = siblings.REASONING_FRAMES if long else world.NUM_FRAMES
+        frames = edits.REASONING_FRAMES if long else world.NUM_FRAMES
         scenes = [world.draw_scene(rng) for _ in range(count)]
         latents, condition, pictures = [], [], []
         for scene in track(scenes, description="encoding clips"):
@@ -91,8 +93,8 @@ def edit_clips(folder: Path, autoencoder: AutoencoderKLWan, *, reasoning: bool) 
     def make() -> dict[str, torch.Tensor]:
         rng = np.random.default_rng([SEED, 2, training.RANK])
         count = (REASONING_CLIPS if reasoning else EDIT_CLIPS) // training.PROCESSES
-        pairs = [siblings.draw_edit(rng) for _ in range(count)]
-        frames = siblings.REASONING_FRAMES if reasoning else siblings.EDIT_FRAMES
+        pairs = [edits.draw_edit(rng) for _ in range(count)]
+        frames = edits.REASONING_FRAMES if reasoning else siblings.EDIT_FRAMES
         latents, condition, pictures = [], [], []
         for before, after in track(pairs, description="encoding edits"):
             picture = world.render(before)[0]
@@ -219,9 +221,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", choices=["all", *STEPS, "export"], default="all")
-    parser.add_argument(
-        "--member", choices=["all", *members.PIPELINES], default="all", help="to export"
-    )
+    parser.add_argument("--member", choices=["all", *MEMBERS], default="all", help="to export")
     parser.add_argument(
         "--folder", type=Path, default=Path("outputs/zoo"), help="checkpoints, logs"
     )
@@ -239,7 +239,7 @@ def main() -> None:
             training.barrier()
     if arguments.stage in ("all", "export") and training.RANK == 0:
         base, autoencoder = load_base()
-        for member in members.PIPELINES if arguments.member == "all" else [arguments.member]:
+        for member in MEMBERS if arguments.member == "all" else [arguments.member]:
             pipe = members.make_pipeline(member, arguments.folder, base, autoencoder)
             print(f"{member}: {members.export(member, pipe) / 1e6:.2f} MB")
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from zoo import dit, family, text, training, vae, world
+from ditcache.clips import world
+from zoo import dit, family, text, training, vae
 from zoo.optim import MatrixAdam, cosine, trapezoid
 
 SEED = 20261120

@@ -10,13 +10,19 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from ditcache.ab.settings import AbTestSettings
+from ditcache.bridge.data.base import Data
+from ditcache.bridge.fusion import Fusion
+from ditcache.bridge.projectors.base import Projector
+from ditcache.bridge.settings import BridgeSettings
 from ditcache.cache import settings as cache_settings
 from ditcache.cache.calibration import calibrations, load_calibration
 from ditcache.cache.cfg.delta import CfgDelta
 from ditcache.cache.forecasters.base import Forecaster
 from ditcache.cache.policies.base import Policy
 from ditcache.cache.settings import CacheSettings
+from ditcache.cache.warmstart.reuse import WarmStart
 from ditcache.cli import commands, conf_dir, groups, header, options
+from ditcache.commands.bridge_train import BridgeTrainSettings
 from ditcache.commands.calibrate import CalibrateSettings
 from ditcache.commands.generate import GenerateSettings
 from ditcache.commands.rollout import RolloutSettings
@@ -29,39 +35,58 @@ from ditcache.prompts import Prompts
 from ditcache.store.base import Store
 
 BASES = {
+    "bridge": BridgeSettings,
     "cache": CacheSettings,
     "cache/cfg": CfgDelta,
     "cache/forecaster": Forecaster,
+    "cache/warmstart": WarmStart,
+    "data": Data,
+    "fusion": Fusion,
     "kv": KVSettings,
     "metrics": MetricSettings,
     "model": Model,
+    "projector": Projector,
     "prompts": Prompts,
     "store": Store,
 }
 DATA = conf_dir() / "calibration"  # no config group: models name what they need of it
 LAUNCHERS = conf_dir() / "hydra" / "launcher"
+EXPERIMENTS = conf_dir() / "experiment"  # choices of other groups' options
 YAMLS = sorted(
-    p for p in conf_dir().rglob("*.yaml") if p.parent not in (conf_dir(), DATA, LAUNCHERS)
+    p
+    for p in conf_dir().rglob("*.yaml")
+    if p.parent not in (conf_dir(), DATA, LAUNCHERS, EXPERIMENTS)
 )
 NAMES = [p.relative_to(conf_dir()).with_suffix("").as_posix() for p in YAMLS]
 
 
+ALONE = (CfgDelta, WarmStart)  # bases that are their folder's only class
 CAUSAL = ("tiny_causal", "self_forcing", "longlive", "causvid", "krea_realtime", "sfwan2.2")
 USED_BY = {  # groups, and options, that `generate` does not take
-    "metrics": "ab-test",
+    "data": "bridge-train",
+    "fusion": "bridge-train",
     "kv": "rollout",
+    "metrics": "ab-test",
+    "projector": "bridge-train",
     **{f"model/{name}": "rollout" for name in CAUSAL},
 }
 COMMANDS = {
     "ab-test": AbTestSettings,
+    "bridge-train": BridgeTrainSettings,
     "calibrate": CalibrateSettings,
     "generate": GenerateSettings,
     "rollout": RolloutSettings,
 }
+LATER = {"bridge"}  # groups that are there only if they are chosen, as `+bridge=`
 BESIDE = {  # what an option needs to make sense
+    "cache/warmstart": ["cache=interval", "segments=2"],
     "cache/cfg": ["cache=interval"],
     "cache/forecaster": ["cache=interval"],
     "cache/forecaster/fitted": ["cache=planned"],
+    "data/folder": ["data.path=clips"],
+    "data/latents": ["data.path=clips.safetensors"],
+    "bridge": ["bridge.path=zoo:chrono_to_wan", "model=tiny_i2v", "num_frames=29"],
+    "bridge/untrained": ["model=tiny_i2v", "num_frames=29"],
     "cache/custom": ["cache.policy._target_=ditcache.cache.policies.interval.Interval"],
 }
 
@@ -73,7 +98,7 @@ def composed(*overrides, command="generate"):
 
 def test_there_are_yamls_and_each_group_is_known():
     assert len(NAMES) > 15
-    assert {name.rpartition("/")[0] for name in NAMES} == set(BASES) == set(groups())
+    assert {name.rpartition("/")[0] for name in NAMES} == set(BASES) == {*groups()} - {"experiment"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,11 +106,13 @@ def test_every_option_composes_and_builds(name):
     group, _, option = name.rpartition("/")
     command = USED_BY.get(name, USED_BY.get(group))
     if command is not None:
-        cfg = composed(f"{group}={option}", command=command)
+        cfg = composed(f"{group}={option}", *BESIDE.get(name, []), command=command)
         assert isinstance(build(cfg, group, BASES[group]), BASES[group])
-        assert isinstance(build(cfg, "", COMMANDS[command]), COMMANDS[command])
+        if command == "rollout":
+            assert isinstance(build(cfg, "", RolloutSettings), RolloutSettings)
         return
-    chosen = [*BESIDE.get(name, BESIDE.get(group, [])), f"{group}={option}"]
+    chosen = [f"{'+' if group in LATER else ''}{group}={option}"]
+    chosen += BESIDE.get(name, BESIDE.get(group, []))
     if "_i2v" in option or "chronoedit" in option or option == "wan2.2_ti2v_image":
         chosen.append(f"image={Path(__file__)}")
     settings = build(composed(*chosen), "", GenerateSettings)
@@ -104,7 +131,10 @@ def test_keys_are_the_fields_of_the_class(name):
         return
     if "defaults" in node:
         keys |= {
-            str(key) for default in node.defaults if not isinstance(default, str) for key in default
+            str(key).rpartition("@")[2]
+            for default in node.defaults
+            if not isinstance(default, str)
+            for key in default
         }
     assert keys == {field.name for field in fields(cls) if field.init}
     if group == "cache" and not OmegaConf.is_missing(node.policy, "_target_"):
@@ -121,12 +151,20 @@ def test_the_head_comment_holds_a_command_that_uses_it(name):
     assert f"ditcache {command}" in text and f"{group}={option}" in text
 
 
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_builds_with_the_command_in_its_head_comment(path):
+    text = " ".join(header(path))
+    (command,) = (name for name in COMMANDS if f"ditcache {name} experiment={path.stem}" in text)
+    settings = build(composed(f"experiment={path.stem}", command=command), "", COMMANDS[command])
+    assert path.stem == "draft_then_refine" or settings.projector.gate_granularity
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_primary_yaml_and_its_keys_are_fields(command):
     assert set(commands()) == set(COMMANDS)
     keys = {str(key) for key in composed(command=command)} - {"hydra"}
     known = {field.name for field in fields(COMMANDS[command]) if field.init}
-    assert keys == known - {"b"}  # the arm that is there only if it is chosen
+    assert keys == known - {"b"} - LATER  # the arm that is there only if it is chosen
 
 
 @pytest.mark.parametrize("policy", sorted({*options("cache")} - {"none", "custom"}))
@@ -141,13 +179,14 @@ def test_every_policy_and_forecaster_file_has_a_yaml():
         ("policies", "cache", Policy),
         ("forecasters", "cache/forecaster", Forecaster),
         ("cfg", "cache/cfg", CfgDelta),
+        ("warmstart", "cache/warmstart", WarmStart),
     ):
         files = {path.stem for path in (root / folder).glob("*.py")} - {"base", "__init__"}
         assert files and files <= set(options(group))
         for name in files:
             module = __import__(f"ditcache.cache.{folder}.{name}", fromlist=["x"])
             assert any(
-                isinstance(v, type) and issubclass(v, base) and (v is not base or base is CfgDelta)
+                isinstance(v, type) and issubclass(v, base) and (v is not base or base in ALONE)
                 for v in vars(module).values()
             )
 
@@ -210,8 +249,10 @@ def test_the_plans_of_a_calibration_fit_their_number_of_steps(name):
         mask = plan["mask"]
         assert len(mask) == steps and set(mask) <= {"#", "."}
         assert mask.count("#") == count and mask[0] == mask[-1] == "#"
-        assert len(plan["damping"]) == mask.count(".")
-        assert all(math.isfinite(number) for number in plan["damping"])
+        assert len(plan.get("weights") or plan["damping"]) == mask.count(".")
+        for weights in plan.get("weights", []):
+            assert sum(weights) == pytest.approx(1.0, abs=1e-3) and len(weights) <= 3
+        assert all(math.isfinite(number) for number in plan.get("damping", []))
 
 
 @pytest.mark.parametrize("name", options("model"))

@@ -17,8 +17,8 @@ from ditcache.ab.settings import AbTestSettings, Case
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.trace import Trace
 from ditcache.models.base import Bundle
-from ditcache.pipeline.denoise import decode_latents
 from ditcache.pipeline.render import Renderer, Video
+from ditcache.pipeline.segments import decode_segments
 
 SESSION = uuid.uuid4().hex  # of this process
 FLOOR = 1e-4  # how far the initial noise is moved to see what differences mean nothing
@@ -56,7 +56,7 @@ class Runner:
             known = self.believed(case, known, steps, moved)
         if known is not None:
             self.reused += 1
-            return known, decode_latents(self.bundle, known.latents)
+            return known, decode_segments(self.bundle, known.latents, self.settings.segments)
         result, frames = self.rendered(case, CacheSettings(), steps=steps, moved=moved)
         self.archive.put(key, result)
         return result, frames
@@ -120,6 +120,7 @@ class Runner:
             "moved": moved,
             "guidance": [s.guidance, s.guidance_low],
             "size": [s.num_frames, s.height, s.width],
+            "segments": [s.segments, s.held] if s.segments > 1 else None,
         }
 
 
@@ -132,21 +133,22 @@ def result_of(video: Video, steps: int, held: int) -> Result:
         video.trace.blocks,
         video.state_bytes_peak,
         held,
-        strips_of(video.trace, steps),
+        strips_of(video.trace, steps, len(video.segment_seconds)),
         SESSION,
     )
 
 
-def strips_of(trace: Trace, steps: int) -> dict[str, dict[str, str]]:
-    """expert -> branch -> one mark per step of the run: `#` computed, `.` skipped, `+` some of its
-    units, a blank where the expert did not work.
+def strips_of(trace: Trace, steps: int, segments: int = 1) -> dict[str, dict[str, str]]:
+    """expert -> branch (and segment, where there are several) -> one mark per step: `#` computed,
+    `.` skipped, `+` some of its units, a blank where the expert did not work.
     """
     found: dict[tuple[str, str], dict[int, set[bool]]] = {}
     for d in trace.decisions:
-        found.setdefault((d.expert, d.branch), {}).setdefault(d.step, set()).add(d.computed)
+        line = d.branch if segments == 1 else f"{d.branch}, segment {d.segment}"
+        found.setdefault((d.expert, line), {}).setdefault(d.step, set()).add(d.computed)
     marks = {frozenset({True}): "#", frozenset({False}): ".", frozenset({True, False}): "+"}
     strips: dict[str, dict[str, str]] = {}
-    for (expert, branch), by_step in found.items():
-        line = [marks.get(frozenset(by_step.get(step, ())), " ") for step in range(steps)]
-        strips.setdefault(expert, {})[branch] = "".join(line)
+    for (expert, line), by_step in found.items():
+        cells = [marks.get(frozenset(by_step.get(step, ())), " ") for step in range(steps)]
+        strips.setdefault(expert, {})[line] = "".join(cells)
     return strips

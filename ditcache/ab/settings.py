@@ -8,7 +8,7 @@ from typing import Any
 
 from ditcache.cache.settings import CacheSettings
 from ditcache.metrics.measure import MetricSettings
-from ditcache.pipeline.settings import SamplingSettings
+from ditcache.pipeline.settings import VideoSettings
 from ditcache.store.base import Store
 
 
@@ -93,7 +93,7 @@ class Case:
 
 
 @dataclass(kw_only=True)
-class AbTestSettings(SamplingSettings):
+class AbTestSettings(VideoSettings):
     """a is what b is measured against; without a `b` of its own it is `cache`."""
 
     cache: CacheSettings
@@ -124,6 +124,11 @@ class AbTestSettings(SamplingSettings):
                 raise ValueError(f"{name}: without a policy no setting of it has an effect")
             if cache.cfg is not None and self.guidance <= 1:
                 raise ValueError(f"{name}.cfg: has no effect without guidance; set guidance > 1")
+            cache.check_segments(name, self.segments)
+        if self.store.shares:
+            raise ValueError(
+                "store.share: one arm would use what another computed; set it to false"
+            )
         if self.search.asked and self.candidate.policy is None:
             raise ValueError("search: needs a policy to search over; set cache=<policy>")
         seeds = [self.seed] if self.seeds is None else self.seeds

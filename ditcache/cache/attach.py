@@ -26,6 +26,7 @@ from ditcache.cache.schedule import calibration_of, schedule_reader
 from ditcache.cache.settings import LOW, CacheSettings, read_settings
 from ditcache.cache.trace import Trace
 from ditcache.cache.units import UnitList, partition
+from ditcache.cache.warmstart.reuse import WarmStart
 from ditcache.cache.where import Finder
 from ditcache.errors import ConfigError, DitcacheError, one_of
 from ditcache.models.base import Blocks, layout_of, transformers_of
@@ -82,6 +83,14 @@ class StepCache:
             for hook in self.contexts:
                 hook.contexts.set_context(None)
 
+    @contextmanager
+    def one_video(self) -> Iterator[None]:
+        """The pipeline's runs inside are segments of one video: later ones may start with residuals
+        of earlier ones, if there is a `warmstart`. All else is forgotten after each, as always.
+        """
+        with self.run.one_video():
+            yield
+
     def detach(self) -> None:
         """Take it off and free what it keeps."""
         self.run.end()
@@ -100,6 +109,7 @@ def enable_cache(
     granularity: int | str | None = None,
     store: Store | None = None,
     cfg: str | CfgDelta | None = None,
+    warmstart: str | WarmStart | None = None,
     low: dict[str, Any] | None = None,
     blocks: str | None = None,
     group: Any = None,
@@ -109,7 +119,8 @@ def enable_cache(
     transformer.
 
     policy: an option of conf/cache ("taylorseer"), a name given to `@register_policy`, or an
-    instance. cfg: "delta" also skips the uncond branch on some steps. low: what differs for
+    instance. cfg: "delta" also skips the uncond branch on some steps. warmstart: "reuse" lets runs
+    inside `with cache.one_video()` start with residuals of earlier ones. low: what differs for
     Wan2.2's low-noise expert, e.g. {"threshold": 0.1}. blocks: dotted path of the block list, for a
     transformer that ditcache does not know. group: the torch.distributed group whose ranks share
     every forward (tensor or sequence parallel): a dynamic policy computes on all of them if it does
@@ -121,7 +132,7 @@ def enable_cache(
     """
     if granularity is not None:
         knobs["granularity"] = granularity
-    settings = read_settings(policy, forecaster, dict(knobs), cfg, low)
+    settings = read_settings(policy, forecaster, dict(knobs), cfg, low, warmstart)
     store = DeviceStore() if store is None else store
     return attach_settings(target, settings, store, blocks, group)
 
@@ -179,7 +190,8 @@ def plan_of(target: Any, expert: str, settings: CacheSettings, layout: tuple[Blo
     assert own.policy is not None
     if settings.low is not None and len(experts_of(target)) < 2:
         raise ConfigError("cache.low: has no effect, this model has one expert; leave it out")
-    own = replace(own, policy=own.policy.fitted(calibration_of(target)))
+    policy = own.policy.fitted(calibration_of(target))
+    own = replace(own, policy=policy, forecaster=own.forecaster.beside(policy))
     return Plan(own, layout, spans_of(experts_of(target)[expert], layout, own))
 
 

@@ -44,13 +44,16 @@ class Calibration:
             *(polynomial["coefficients"] for polynomial in self.teacache.values()),
             *(ratios for branch, ratios in self.magcache.items() if branch != "steps"),
             *([self.planned["sigmas"]] if self.planned else []),
-            *(plan["damping"] for plan in plans),
+            *(plan["damping"] for plan in plans if "weights" not in plan),
+            *(weights for plan in plans for weights in plan.get("weights", [])),
         ]
         for values in lists:
             [float(value) for value in values]
         for plan in plans:
             if set(plan["mask"]) - {"#", "."}:
                 raise ValueError(f"a mask consists of # and ., got {plan['mask']}")
+            if "weights" in plan and len(plan["weights"]) != plan["mask"].count("."):
+                raise ValueError(f"needs weights for every skipped step of {plan['mask']}")
 
 
 def calibrations() -> list[str]:

@@ -7,6 +7,7 @@ last one, head, tail, the longest run of skips and the budget. Knows nothing of 
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from ditcache.cache.run import Call, Run
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.state import Generation, UnitState
 from ditcache.cache.trace import Decision
+from ditcache.cache.warm import Warm
 from ditcache.errors import ConfigError, DitcacheError
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Driver:
         self.whole = settings.granularity == "output"
         self.watches_output = type(self.policy).record_output is not Policy.record_output
         self.call: Call | None = None
+        self.warm = Warm(expert, settings, run)
 
     def begin_call(self, call: Call, schedule_of: Callable[[str, int], Schedule]) -> None:
         """A forward starts. `schedule_of(expert, num_steps)` describes the run if this call is the
@@ -80,6 +83,10 @@ class Driver:
         if call.computed is not None and self.whole and generation.wanted(self.expert, call.step):
             assert call.latents is not None
             self.settings.forecaster.observe(call.computed, output.float() - call.latents.float())
+        if call.computed is not None and self.whole and self.warm.takes(call, generation):
+            assert call.latents is not None
+            residual = output.float() - call.latents.float()
+            self.warm.leave(call.computed.state, call, 0, generation, residual)
         result = output if call.output is None else call.output.to(output.dtype)
         if self.settings.cfg is not None:
             self.keep_delta(call, generation, result)
@@ -95,6 +102,7 @@ class Driver:
             raise ConfigError(f"{name}: its mask has {len(mask)} steps, the run has {steps}")
         if mask and own.first == 0 and not mask[0]:
             raise ConfigError(f"{name}: its mask skips the first step, which has nothing to reuse")
+        self.warm.begin(generation)
         generation.masks[self.expert] = mask
         generation.ends[self.expert] = steps if schedule.end is None else schedule.end
         generation.sigmas = schedule.sigmas
@@ -168,14 +176,25 @@ class Driver:
             return work.joined
         state, forced = self.forced(state, call, work.joined, generation)
         context = self.context(call, state, index, work, names)
-        computed, reason = (True, forced) if forced else self.decide(context, state, generation)
         forecast = None
-        if not computed:
-            forecast = self.settings.forecaster.forecast(context) if state.computed else None
-            if forecast is None:
-                computed, reason = True, "missing"
+        if not self.exhausted(state):
+            forecast = self.warm.residual(call, state, index, generation)
+        computed, reason = False, "warm"
+        if forecast is not None:
+            if generation.wanted(self.expert, call.step):
+                self.settings.forecaster.observe(context, forecast)
+        else:
+            computed, reason = (True, forced) if forced else self.decide(context, state, generation)
+            if not computed:
+                forecast = self.settings.forecaster.forecast(context) if state.computed else None
+                if forecast is None:
+                    computed, reason = True, "missing"
+        shared = None
         if forecast is None:
-            out = self.computed(work, state)
+            shared, name = self.warm.recall(call, index, work, generation)
+            out = self.computed(work, state) if shared is None else shared
+            if name is not None:
+                self.run.store.publish(name, out)
         elif self.whole:
             assert call.latents is not None
             out, call.output = work.joined, call.latents.float() + forecast
@@ -185,12 +204,28 @@ class Driver:
             call.leader = (computed, reason)
             call.computed = context if computed else None
             generation.decided[self.expert] = (call.step, call.branch, computed)
-        self.remember(context, state, generation, computed, work.joined, out)
+        self.remember(context, state, generation, computed, reason, work.joined, out)
+        if computed and not self.whole and self.warm.takes(call, generation):
+            self.warm.leave(state, call, index, generation, out - work.joined)
+        if shared is not None:  # as if computed in every other respect
+            computed, reason = False, "shared"
         self.note(call, index, computed, reason, context.signal, len(work.blocks), state)
         self.run.store.prefetch(
-            upcoming(generation, self.settings, self.policy.per_unit, call, index)
+            itertools.chain(
+                self.warm.upcoming(call, index, generation),
+                upcoming(generation, self.settings, self.policy.per_unit, call, index),
+                self.warm.later(call, generation),
+            )
         )
         return out
+
+    def exhausted(self, state: UnitState) -> str | None:
+        """Which limit on skips a unit has reached, or None."""
+        if self.settings.max_skips is not None and state.run >= self.settings.max_skips:
+            return "max_skips"
+        if self.settings.budget is not None and state.skipped >= self.settings.budget:
+            return "budget"
+        return None
 
     def computed(self, work: Work, state: UnitState) -> Tensor:
         """The unit's blocks, timed if the store weighs fetching against computing."""
@@ -222,6 +257,7 @@ class Driver:
                 signal,
                 blocks,
                 state.nbytes(),
+                self.run.segment or 0,
             )
         )
 
@@ -260,10 +296,9 @@ class Driver:
             step, branch, computed = generation.decided.get(self.expert, (-1, "", False))
             if step == call.step and branch != "uncond":
                 return computed, "cond"
-        if self.settings.max_skips is not None and state.run >= self.settings.max_skips:
-            return True, "max_skips"
-        if self.settings.budget is not None and state.skipped >= self.settings.budget:
-            return True, "budget"
+        limit = self.exhausted(state)
+        if limit is not None:
+            return True, limit
         if mask is not None:
             return mask[call.step], "policy"
         return agreed(self.policy.should_compute(context), context.hidden, self.group), "policy"
@@ -274,12 +309,15 @@ class Driver:
         state: UnitState,
         generation: Generation,
         computed: bool,
+        reason: str,
         joined: Tensor,
         out: Tensor,
     ) -> None:
-        """Update what the unit keeps; after the expert's last step, keep nothing."""
+        """Update what the unit keeps; after the expert's last step, keep nothing. The policy may
+        start from a warm residual, which is this step's, as from a computed one.
+        """
         if context.unit_index == 0 or self.policy.per_unit:
-            self.policy.record(context, computed)
+            self.policy.record(context, computed or reason == "warm")
         state.run = 0 if computed else state.run + 1
         state.skipped += not computed
         if context.step == generation.ends[self.expert] - 1:

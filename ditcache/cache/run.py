@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ditcache.cache.earlier import Earlier
 from ditcache.cache.policies.base import Context, Schedule
 from ditcache.cache.state import Generation
 from ditcache.cache.trace import Trace
@@ -23,12 +26,30 @@ class Run:
     def __init__(self, store: Store):
         self.store, self.trace = store, Trace()
         self.generation: Generation | None = None
+        self.segment: int | None = None  # None: every generation is a video of its own
+        self.earlier = Earlier(store)
+
+    @contextmanager
+    def one_video(self) -> Iterator[None]:
+        """The generations inside are segments of one video."""
+        self.end()
+        self.segment = -1
+        try:
+            yield
+        finally:
+            self.end()
+            self.earlier.clear()
+            self.segment = None
 
     def begin(self, schedule: Schedule) -> Generation:
         """Start a new generation with nothing remembered."""
         self.end()
-        self.trace = Trace()
-        self.generation = Generation(next(GENERATIONS), schedule.num_steps, self.store)
+        if self.segment is not None:
+            self.segment += 1
+        if not self.segment:
+            self.trace = Trace()
+        number, shelf = next(GENERATIONS), next(GENERATIONS)
+        self.generation = Generation(number, schedule.num_steps, self.store, self.segment, shelf)
         return self.generation
 
     def end(self) -> None:

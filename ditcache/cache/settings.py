@@ -11,6 +11,7 @@ from ditcache.cache.cfg.delta import CfgDelta
 from ditcache.cache.forecasters.base import Forecaster
 from ditcache.cache.forecasters.hold import Hold
 from ditcache.cache.policies.base import REGISTERED, Policy
+from ditcache.cache.warmstart.reuse import WarmStart
 from ditcache.cli import options
 from ditcache.config import build, load_yaml
 from ditcache.errors import ConfigError, one_of
@@ -29,7 +30,8 @@ class CacheSettings:
     input, of which little has to be kept). head, tail: steps at the start and end that always
     compute. max_skips: longest run of skipped steps (None: no limit). budget: most steps skipped
     per branch and expert in one generation (None: no limit). cfg: leave out the uncond branch on
-    some steps. low: all of these again, for Wan2.2's low-noise expert; None: the same.
+    some steps. warmstart: segments of a long video start with residuals of earlier ones. low: all
+    of these again, for Wan2.2's low-noise expert; None: the same.
     """
 
     policy: Policy | None = None
@@ -40,6 +42,7 @@ class CacheSettings:
     max_skips: int | None = None
     budget: int | None = None
     cfg: CfgDelta | None = None
+    warmstart: WarmStart | None = None
     low: CacheSettings | None = None
 
     def __post_init__(self) -> None:
@@ -70,6 +73,13 @@ class CacheSettings:
         if self.policy is None and self != CacheSettings():
             raise ValueError("cache.policy: without one no setting has an effect; use cache=none")
 
+    def check_segments(self, key: str, segments: int) -> None:
+        """key: where these settings are, for the message. Raises ValueError if there is nothing
+        that a warm start could come from.
+        """
+        if self.warmstart is not None and segments == 1:
+            raise ValueError(f"{key}.warmstart: has no effect on one segment; set segments > 1")
+
     @property
     def names(self) -> dict[str, Any]:
         """For reports."""
@@ -90,6 +100,7 @@ def read_settings(
     knobs: dict[str, Any],
     cfg: str | CfgDelta | None = None,
     low: dict[str, Any] | None = None,
+    warmstart: str | WarmStart | None = None,
 ) -> CacheSettings:
     """`enable_cache`'s arguments -> settings: a YAML of conf/cache, a registered class, or an
     instance.
@@ -98,12 +109,13 @@ def read_settings(
     for the low-noise expert; with another `policy` nothing is shared. Raises ConfigError for
     unknown ones.
     """
-    settings = read_one(policy, forecaster, knobs, cfg)
+    parts: dict[str, Any] = {"forecaster": forecaster, "cfg": cfg, "warmstart": warmstart}
+    settings = read_one(policy, **parts, knobs=knobs)
     if low is None:
         return settings
-    shared = {} if "policy" in low else {"forecaster": forecaster, "cfg": cfg, **knobs}
-    own = {"policy": policy, "forecaster": None, "cfg": None, **shared, **low}
-    parts = {name: own.pop(name) for name in ("policy", "forecaster", "cfg")}
+    shared = {} if "policy" in low else {**parts, **knobs}
+    own = {"policy": policy, **dict.fromkeys(parts), **shared, **low}
+    parts = {name: own.pop(name) for name in ("policy", *parts)}
     try:
         return replace(settings, low=read_one(**parts, knobs=own))
     except ValueError as error:
@@ -113,8 +125,9 @@ def read_settings(
 def read_one(
     policy: str | Policy,
     forecaster: str | Forecaster | None,
-    knobs: dict[str, Any],
     cfg: str | CfgDelta | None,
+    warmstart: str | WarmStart | None,
+    knobs: dict[str, Any],
 ) -> CacheSettings:
     """The settings of one expert, or of all."""
     if isinstance(policy, Policy):
@@ -140,13 +153,15 @@ def read_one(
                 f"enable_cache: {label} takes no '{name}' here. {one_of(name, places)}"
             )
         OmegaConf.update(node, places[name], value, force_add=True)
-    for name, part in (("forecaster", forecaster), ("cfg", cfg)):
+    for name, part in (("forecaster", forecaster), ("cfg", cfg), ("warmstart", warmstart)):
         if policy == "none" and part is not None:
             raise ConfigError(f"enable_cache: none takes no {name}")
     if isinstance(forecaster, str):
         node.forecaster = load_yaml("cache/forecaster", forecaster)
     if isinstance(cfg, str):
         node.cfg = load_yaml("cache/cfg", cfg)
+    if isinstance(warmstart, str):
+        node.warmstart = load_yaml("cache/warmstart", warmstart)
 
     if target is not None:
         policy = build(node, "policy", target)
@@ -160,6 +175,8 @@ def read_one(
         instances["forecaster"] = forecaster
     if cfg is not None and not isinstance(cfg, str):
         instances["cfg"] = cfg
+    if isinstance(warmstart, WarmStart):
+        instances["warmstart"] = warmstart
     try:
         return replace(settings, **instances)
     except ValueError as error:
@@ -188,7 +205,7 @@ def with_low(cfg: DictConfig, name: str = "cache") -> DictConfig:
     if target == cache.policy.get("_target_"):
         other = [
             part
-            for part in ("forecaster", "cfg")
+            for part in ("forecaster", "cfg", "warmstart")
             if OmegaConf.select(low, f"{part}._target_")
             not in (None, OmegaConf.select(cache, f"{part}._target_"))
         ]

@@ -68,8 +68,18 @@ class UnitState:
 class Generation:
     """One pass over all denoising steps: whose turn it is and what every unit keeps."""
 
-    def __init__(self, number: int, num_steps: int, store: Store):
+    def __init__(
+        self,
+        number: int,
+        num_steps: int,
+        store: Store,
+        segment: int | None = None,
+        shelf: int = 0,
+    ):
         self.number, self.num_steps, self.store = number, num_steps, store
+        self.segment = segment  # of a long video; None: a video of its own
+        self.weights: dict[tuple[str, int], str | None] = {}  # hash per expert and unit
+        self.shelf = shelf  # number under which it leaves residuals to later segments
         self.sigmas: tuple[float, ...] = ()
         self.step = -1
         self.seen: set[tuple[str, str]] = set()  # (expert, branch) calls already made at this step

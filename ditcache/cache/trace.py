@@ -9,9 +9,11 @@ from typing import Any
 @dataclass(slots=True)
 class Decision:
     """One unit at one call. `reason` says who decided: first, head, tail, shape, gap, max_skips,
-    budget, policy, cond (uncond follows cond), cfg (CFG-delta), missing.
+    budget, policy, cond (uncond follows cond), cfg (CFG-delta), missing, warm (a residual of an
+    earlier segment), shared (computed by another process).
 
     blocks: how many blocks the unit spans. nbytes: what the unit keeps in the store after the call.
+    segment: of a long video.
     """
 
     step: int
@@ -23,11 +25,12 @@ class Decision:
     signal: float | None
     blocks: int
     nbytes: int
+    segment: int = 0
 
 
 @dataclass
 class Trace:
-    """The decisions of the current or last generation."""
+    """The decisions of the current or last generation, or of all segments of one video."""
 
     decisions: list[Decision] = field(default_factory=list)
     always_blocks: int = 0  # blocks outside any unit, which run whatever is decided ...
@@ -49,11 +52,13 @@ class Trace:
             decision.blocks for decision in self.decisions if decision.computed
         )
 
-    def note_forwards(self, step: int, expert: str, *, guided: bool, blocks: int) -> None:
+    def note_forwards(
+        self, step: int, expert: str, *, guided: bool, blocks: int, segment: int = 0
+    ) -> None:
         """Record a step of a run without cache: every block of every branch computed."""
         for branch in ("cond", "uncond") if guided else ("cond",):
             self.decisions.append(
-                Decision(step, expert, branch, 0, True, "no cache", None, blocks, 0)
+                Decision(step, expert, branch, 0, True, "no cache", None, blocks, 0, segment)
             )
 
     def rows(self) -> list[dict[str, Any]]:

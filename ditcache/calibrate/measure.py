@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ditcache.cache.attach import attach_settings, blocks_of, disable_cache, replace_blocks
+from ditcache.cache.forecasters.fitted import Fitted
 from ditcache.cache.forecasters.taylor import Taylor
 from ditcache.cache.policies.base import Policy, Schedule
+from ditcache.cache.policies.planned import Planned
 from ditcache.cache.settings import CacheSettings
 from ditcache.models.base import Bundle, layout_of
 from ditcache.pipeline.callbacks import Callback, Step
@@ -198,9 +200,36 @@ def damage(
 ) -> float:
     """Mean squared error of the final latents when one step takes a straight line's forecast."""
     settings = CacheSettings(SkipOne(step), Taylor(order=1), head=0, tail=0)
+    latents = with_cache(bundle, inputs, settings, sampling, on_step)
+    return float((latents - reference).float().square().mean())
+
+
+def render(
+    bundle: Bundle,
+    inputs: Inputs,
+    mask: list[bool],
+    weights: list[list[float]],
+    *,
+    sampling: dict[str, Any],
+    on_step: Callback,
+) -> Tensor:
+    """Final latents with a plan: weights of the last computed residuals at each skipped step."""
+    policy = Planned(compute=sum(mask))
+    marks = "".join("#" if computed else "." for computed in mask)
+    policy.plan = {"mask": marks, "weights": weights, "sigmas": []}
+    settings = CacheSettings(policy, Fitted(), head=0, tail=0)
+    return with_cache(bundle, inputs, settings, sampling, on_step)
+
+
+def with_cache(
+    bundle: Bundle,
+    inputs: Inputs,
+    settings: CacheSettings,
+    sampling: dict[str, Any],
+    on_step: Callback,
+) -> Tensor:
     attach_settings(bundle, settings, DeviceStore())
     try:
-        latents = denoise(bundle, inputs, **sampling, callbacks=[on_step])
+        return denoise(bundle, inputs, **sampling, callbacks=[on_step])
     finally:
         disable_cache(bundle)
-    return float((latents - reference).float().square().mean())

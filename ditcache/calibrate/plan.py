@@ -32,12 +32,16 @@ ROUNDS = 8
 @dataclass
 class Plan:
     """mask [T]: which steps compute. damping: one per skipped step. decibel: mean over prompts of
-    the predicted error of the final latents, relative to their size.
+    the predicted error of the final latents, relative to their size. A refined plan has `weights`
+    instead of dampings, of the last computed residuals, newest first, one list per skipped step;
+    `rendered`: that error before and after, as rendered.
     """
 
     mask: list[bool]
     damping: list[float]
     decibel: float
+    weights: list[list[float]] | None = None
+    rendered: tuple[float, float] | None = None
 
     @property
     def marks(self) -> str:
@@ -118,13 +122,17 @@ def shortest_path(
 
 
 def walk(
-    mask: Sequence[bool], starts: Sequence[int], visit: Callable[[int, Anchors], None]
+    mask: Sequence[bool],
+    starts: Sequence[int],
+    visit: Callable[[int, Anchors], None],
+    *,
+    reach: int = 2,
 ) -> None:
-    """Call `visit(step, anchors)` for every skipped step."""
+    """Call `visit(step, anchors)` for every skipped step, with at most `reach` anchors."""
     anchors: Anchors = ()
     for step, computed in enumerate(mask):
         if computed:
-            anchors = (step,) if step in starts else (step, *anchors[:1])
+            anchors = (step,) if step in starts else (step, *anchors[: reach - 1])
         else:
             visit(step, anchors)
 

@@ -89,7 +89,7 @@ def steps_of(settings: AbTestSettings) -> int:
     """Denoising steps to expect, for the progress bar."""
     cases, controls = len(settings.cases), min(settings.controls, len(settings.cases))
     searched = (1 + settings.search.trials) * cases // 2 if settings.search.asked else 0
-    return settings.steps * (2 * cases + 2 * controls + searched)
+    return settings.segments * settings.steps * (2 * cases + 2 * controls + searched)
 
 
 def make_runner(settings: AbTestSettings, show: OnStep) -> Any:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from ditcache.config import build
+from ditcache.errors import ConfigError
 from ditcache.pipeline.settings import SamplingSettings, check_bundle
 
 if TYPE_CHECKING:
     from ditcache.calibrate.measure import Measured
+    from ditcache.calibrate.plan import Plan
     from ditcache.models.base import Bundle
     from ditcache.pipeline.callbacks import Callback
 
@@ -24,10 +26,13 @@ class CalibrateSettings(SamplingSettings):
     window: int = 9
     probes: int | None = None
     probe_prompts: int = 8
+    refine: list[int] | None = None
+    refine_prompts: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, low in (("window", 2), ("probes", 2), ("probe_prompts", 1), ("steps", 4)):
+        lows = {"window": 2, "probes": 2, "probe_prompts": 1, "refine_prompts": 1, "steps": 4}
+        for name, low in lows.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name}: must be >= {low}, got {value}")
@@ -37,6 +42,18 @@ class CalibrateSettings(SamplingSettings):
                 raise ValueError(
                     f"computes: must be from {self.least} to {self.steps - 1}, got {count}"
                 )
+
+        if self.refine is None and self.refine_prompts is not None:
+            raise ValueError("refine_prompts: has no effect without refine")
+        for count in self.refine or []:
+            if count not in self.counts:
+                known = ", ".join(map(str, self.counts))
+                raise ValueError(f"refine: must be among the planned {known}, got {count}")
+
+    @property
+    def refined_on(self) -> int:
+        """Prompts to refine on."""
+        return min(self.refine_prompts or 12, len(self.texts))
 
     @property
     def least(self) -> int:
@@ -67,7 +84,7 @@ def run(cfg: DictConfig) -> None:
     probed = min(settings.steps - 2, settings.probes or settings.steps)
     measured_steps = len(settings.texts) * settings.steps
     probe_steps = probed * min(settings.probe_prompts, len(settings.texts)) * settings.steps
-    with progress(measured_steps + probe_steps) as show:
+    with progress(measured_steps + probe_steps + refine_steps(settings)) as show:
         from ditcache.calibrate.measure import measure
         from ditcache.models.load import load_once
         from ditcache.pipeline.render import open_picture, prepare
@@ -76,6 +93,7 @@ def run(cfg: DictConfig) -> None:
 
         bundle = load_once(settings.model)
         check_bundle(bundle, settings)
+        check_refine(bundle, settings)
         pictures = [open_picture(path) for path in settings.pictures]
         folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))
 
@@ -94,12 +112,89 @@ def run(cfg: DictConfig) -> None:
         probes = probe_steps_of(runs[0].starts, settings.steps, probed)
         gains = measure_gains(bundle, settings, inputs, runs, probes, show)
 
-    # 5) Fit, write, show.
-    write_calibration(folder, settings, bundle, chosen_options()["model"], runs, gains)
+        # 5) Plans, and the better ones that rendering finds.
+        plans = make_plans(settings, runs, gains)
+        for count in settings.refine or []:
+            plans[count] = refined(bundle, settings, inputs, runs, plans[count], show)
+
+    # 6) Fit, write, show.
+    write_calibration(folder, settings, bundle, chosen_options()["model"], runs, gains, plans)
 
 
 def watcher(show: Any, what: str, index: int) -> Callback:
     return lambda step: show(what, index, step, None)
+
+
+def check_refine(bundle: Bundle, settings: CalibrateSettings) -> None:
+    """Every expert's first step and the first after dropped frames compute, and the last one."""
+    starts = len(bundle.experts) + (getattr(bundle.model, "reasoning_steps", 0) > 0)
+    for count in settings.refine or []:
+        if count <= starts:
+            raise ConfigError(f"refine: must be >= {starts + 1} for this model, got {count}")
+
+
+def refine_steps(settings: CalibrateSettings) -> int:
+    """Denoising steps that refining takes at most, for the progress bar."""
+    if not settings.refine:
+        return 0
+    from ditcache.calibrate.refine import REACH, ROUNDS, SHARES
+
+    renders = sum(
+        ROUNDS * 3 * count + (REACH - 1) * (settings.steps - count) + len(SHARES) + 3
+        for count in settings.refine
+    )
+    return renders * settings.refined_on * settings.steps
+
+
+def make_plans(
+    settings: CalibrateSettings, runs: list[Measured], gains: list[float]
+) -> dict[int, Plan]:
+    """Number of computed steps -> the shortest path."""
+    import numpy as np
+
+    from ditcache.calibrate.plan import make_plan
+
+    grams, starts = np.stack([run.gram for run in runs]), runs[0].starts
+    sizes = np.array([float(run.latents.float().square().mean()) for run in runs])
+    return {
+        count: make_plan(grams, gains, sizes, starts, count)
+        for count in settings.counts
+        if count >= len(starts) + 1
+    }
+
+
+def refined(
+    bundle: Bundle,
+    settings: CalibrateSettings,
+    inputs: list[Any],
+    runs: list[Measured],
+    plan: Plan,
+    show: Any,
+) -> Plan:
+    """The plan after rendering its neighbours and changes on the first `refined_on` prompts."""
+    import numpy as np
+
+    from ditcache.calibrate.measure import render
+    from ditcache.calibrate.refine import refine
+
+    few = slice(settings.refined_on)
+
+    def render_all(mask: list[bool], weights: list[list[float]]) -> list[Any]:
+        return [
+            render(
+                bundle,
+                one,
+                mask,
+                weights,
+                sampling=settings.sampling,
+                on_step=watcher(show, f"refining compute={sum(mask)}", index),
+            )
+            for index, one in enumerate(inputs[few])
+        ]
+
+    references = [run.latents for run in runs[few]]
+    grams = np.stack([run.gram for run in runs])
+    return refine(plan, grams, runs[0].starts, references, render_all)
 
 
 def probe_steps_of(starts: list[int], steps: int, count: int) -> list[int]:

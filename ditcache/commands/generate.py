@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
+from ditcache.bridge.settings import BridgeSettings, check_bridge
 from ditcache.cache.settings import CacheSettings, with_low
 from ditcache.config import build
-from ditcache.pipeline.settings import SamplingSettings, check_bundle
+from ditcache.pipeline.settings import VideoSettings, check_bundle
 from ditcache.store.base import Store
 
 
 @dataclass(kw_only=True)
-class GenerateSettings(SamplingSettings):
+class GenerateSettings(VideoSettings):
     """The keys of conf/generate.yaml, checked before torch is imported or a checkpoint touched."""
 
     cache: CacheSettings
@@ -24,6 +25,7 @@ class GenerateSettings(SamplingSettings):
     fps: int = 16
     upscale: int = 1
     plan: bool = False
+    bridge: BridgeSettings | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,10 +35,19 @@ class GenerateSettings(SamplingSettings):
         self.cache.check_effect()
         if self.cache.cfg is not None and self.guidance <= 1:
             raise ValueError("cache.cfg: has no effect without guidance; set guidance > 1")
-        if self.compare and self.cache.policy is None:
+        self.cache.check_segments("cache", self.segments)
+        if self.store.shares and self.cache.warmstart is None:
+            raise ValueError("store.share: only warm starts are shared; add cache/warmstart=reuse")
+        if self.bridge is not None and self.segments > 1:
+            raise ValueError(
+                "segments: a bridge reads one segment's keys and values; set segments=1"
+            )
+        if self.compare and self.cache.policy is None and self.bridge is None:
             raise ValueError("compare: needs a cache to compare; set cache=<policy>")
         if self.plan and self.compare:
             raise ValueError("plan: renders nothing to compare; set compare=false")
+        if self.bridge is not None:
+            check_bridge(self, self.bridge, cached=self.cache.policy is not None)
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -53,8 +64,9 @@ def run(cfg: DictConfig) -> float | None:
     # 2) Load, see that the cache fits the model, then open the run folder.
     from ditcache.report.progress import progress
 
-    total = len(settings.texts) * settings.steps * (2 if settings.compare else 1)
+    total = len(settings.texts) * settings.segments * settings.steps * (1 + settings.compare)
     with progress(total) as show, closing(settings.store) as store:
+        from ditcache.bridge.generate import Bridging
         from ditcache.cache.attach import check_fit
         from ditcache.models.load import load_once
         from ditcache.pipeline.render import Renderer
@@ -66,6 +78,10 @@ def run(cfg: DictConfig) -> float | None:
         check_bundle(bundle, settings)
         check_fit(bundle, settings.cache)
         renderer, names = Renderer(bundle, settings, show), chosen_options()
+        bridged = settings.bridge is not None
+        if settings.bridge is not None:
+            renderer.bridging = Bridging(settings.bridge, bundle, settings.num_frames)
+            names["cache"] += " + bridge"
         folder = open_run_folder(OmegaConf.to_yaml(cfg, resolve=True))
         store.open(folder)
 
@@ -78,7 +94,9 @@ def run(cfg: DictConfig) -> float | None:
             picture, seed, baseline = settings.pictures[index], settings.seed, None
             if settings.compare and index % 2 == 0:
                 baseline = renderer.render(index, text, CacheSettings(), picture, seed=seed)
-            video = renderer.render(index, text, settings.cache, picture, seed=seed)
+            video = renderer.render(
+                index, text, settings.cache, picture, seed=seed, bridged=bridged
+            )
             if settings.compare and index % 2:
                 baseline = renderer.render(index, text, CacheSettings(), picture, seed=seed)
             records.append(write_video(folder, settings, names["cache"], video, baseline))

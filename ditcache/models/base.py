@@ -87,6 +87,9 @@ class Model:
     needs_image: ClassVar[bool] = False
     causal: ClassVar[bool] = False  # generates chunk by chunk, see causal.py
     stored_as: ClassVar[str | None] = None  # the class that the checkpoint names, where it differs
+    # How a segment of a long video goes on from the one before: from its last latent frames
+    # ("overlap"), from its last picture ("picture"), or not at all (None).
+    goes_on: ClassVar[str | None] = None
 
     path: str
     dtype: str = "bfloat16"

@@ -13,6 +13,7 @@ class Wan(Model):
     """Text to video. Wan2.2's A14B has two experts split at `boundary`."""
 
     pipeline: ClassVar[str] = "WanPipeline"
+    goes_on: ClassVar[str | None] = "overlap"
 
 
 @dataclass
@@ -23,6 +24,7 @@ class WanImageToVideo(Model):
 
     pipeline: ClassVar[str] = "WanImageToVideoPipeline"
     needs_image: ClassVar[bool] = True
+    goes_on: ClassVar[str | None] = "picture"
 
 
 @dataclass

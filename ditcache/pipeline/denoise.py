@@ -28,21 +28,23 @@ def denoise(
     guidance: float,
     guidance_low: float | None = None,
     shift: float | None = None,
+    start: int = 0,
     callbacks: Iterable[Callback] = (),
 ) -> Tensor:
     """Noise -> clean latents [B, C, T, H, W], by flow matching with classifier-free guidance.
 
-    guidance > 1 needs `inputs.text.uncond`. guidance_low: for the low-noise expert (None: the
+    start: first step of the schedule, for latents that are noised that far. guidance > 1 needs
+    `inputs.text.uncond`. guidance_low: for the low-noise expert (None: the
     same). shift: of the flow schedule (None: the checkpoint's).
     """
     original = bundle.pipe.scheduler
     scheduler = make_scheduler(original, shift)
     scheduler.set_timesteps(steps, device=bundle.device)
-    scheduler.set_begin_index(0)
+    scheduler.set_begin_index(start)
     bundle.pipe.scheduler = scheduler
     try:
         return run_steps(
-            bundle, inputs, scheduler, guidance, guidance_low or guidance, tuple(callbacks)
+            bundle, inputs, scheduler, start, guidance, guidance_low or guidance, tuple(callbacks)
         )
     finally:
         bundle.pipe.scheduler = original
@@ -54,19 +56,20 @@ def run_steps(
     bundle: Bundle,
     inputs: Inputs,
     scheduler: Any,
+    start: int,
     guidance: float,
     guidance_low: float,
     callbacks: tuple[Callback, ...],
 ) -> Tensor:
     """The loop itself."""
-    sigmas, timesteps = scheduler.sigmas.tolist(), scheduler.timesteps.tolist()
+    sigmas, timesteps = scheduler.sigmas[start:].tolist(), scheduler.timesteps[start:].tolist()
     boundary = (
         None if bundle.boundary is None else bundle.boundary * scheduler.config.num_train_timesteps
     )
     dtypes = {name: transformer.dtype for name, transformer in bundle.experts.items()}
-    latents = inputs.latents
+    latents = inputs.hold(inputs.latents, sigmas[0])
     reasoning = getattr(bundle.model, "reasoning_steps", 0)
-    for index, timestep in enumerate(scheduler.timesteps):
+    for index, timestep in enumerate(scheduler.timesteps[start:]):
         # 0) ChronoEdit: the frames between the pictures before and after have done their part.
         if reasoning and index == reasoning:
             latents, inputs = drop_reasoning(latents, inputs, scheduler)
@@ -98,13 +101,14 @@ def run_steps(
 
         # 3) One step down the noise schedule.
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        latents = inputs.hold(latents, sigmas[index + 1])
         step = Step(
             index, len(timesteps), timesteps[index], sigmas[index], expert, latents, velocity
         )
         for callback in callbacks:
             callback(step)
         latents = step.latents
-    return inputs.known(latents)
+    return inputs.known(inputs.hold(latents, 0.0))
 
 
 def drop_reasoning(latents: Tensor, inputs: Inputs, scheduler: Any) -> tuple[Tensor, Inputs]:

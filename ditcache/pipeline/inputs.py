@@ -22,7 +22,8 @@ class Inputs:
     the noisy channels, for image-conditioned models; where `noisy` is given, [B, C, 1, H, W]: what
     stands in place of what is not noisy. image [1, 257, D]: CLIP tokens, for those that have an
     image encoder. noisy [1, 1, T, H, W]: 1 where latents are noisy, 0 where they are known, for
-    models that take a timestep per token.
+    models that take a timestep per token. held [B, C, O, H, W]: clean latents that the first O
+    frames keep, which a video goes on from; at every step they are as noisy as the others.
     """
 
     latents: Tensor
@@ -30,6 +31,15 @@ class Inputs:
     condition: Tensor | None = None
     image: Tensor | None = None
     noisy: Tensor | None = None
+    held: Tensor | None = None
+
+    def hold(self, latents: Tensor, sigma: float) -> Tensor:
+        """The latents with what is held in its place, noised to `sigma` with its own noise."""
+        if self.held is None:
+            return latents
+        count = self.held.shape[2]
+        noised = (1 - sigma) * self.held + sigma * self.latents[:, :, :count]
+        return torch.cat([noised, latents[:, :, count:]], dim=2)
 
     def at(self, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """The transformer's input and timesteps at a step: [B], or [B, N] with one per token."""

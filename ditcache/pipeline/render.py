@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ditcache.bridge.generate import Bridging, record_of, texts_of
 from ditcache.cache.attach import attach_settings, blocks_of, disable_cache
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.trace import Trace
@@ -21,6 +23,7 @@ from ditcache.models.base import Bundle
 from ditcache.pipeline.callbacks import Step
 from ditcache.pipeline.denoise import decode_latents, denoise
 from ditcache.pipeline.inputs import Inputs, draw_inputs
+from ditcache.pipeline.segments import hold, join_frames, join_latents, last_picture
 from ditcache.pipeline.text import encode_text
 
 if TYPE_CHECKING:
@@ -33,8 +36,10 @@ if TYPE_CHECKING:
 class Video:
     """A finished video and its record.
 
-    frames: float [T, H, W, 3] in 0..1. latents [1, C, T', H', W']. seconds: text, denoise, decode.
-    trace: the cache's decisions; without a cache, one computed unit per forward.
+    frames: float [T, H, W, 3] in 0..1. latents [1, C, T', H', W'], of several segments as
+    `join_latents` joins them. seconds: text, denoise, decode; segment_seconds: denoise, of each
+    segment. trace: the cache's decisions; without a cache, one computed unit per forward. bridge:
+    what its sources cost, where there are some.
     """
 
     index: int
@@ -46,6 +51,8 @@ class Video:
     trace: Trace
     state_bytes_peak: int
     store: dict[str, Any] = field(default_factory=dict)
+    segment_seconds: list[float] = field(default_factory=list)
+    bridge: dict[str, Any] = field(default_factory=dict)
 
 
 OnStep = Callable[[str, int, Step, Trace | None], None]
@@ -59,6 +66,7 @@ class Renderer:
     ):
         self.bundle, self.settings, self.on_step = bundle, settings, on_step
         self.pictures = {path: open_picture(path) for path in set(settings.pictures)}
+        self.bridging: Bridging | None = None
 
     def render(
         self,
@@ -70,9 +78,11 @@ class Renderer:
         seed: int,
         steps: int | None = None,
         moved: float = 0.0,
+        bridged: bool = False,
     ) -> Video:
-        """One video. The cache is attached for this video only, so nothing can leak into the
-        next. moved: that much of other noise is added to the initial noise.
+        """One video of `settings.segments`. The cache is attached for this video only, so nothing
+        can leak into the next. moved: that much of other noise is added to the initial noise.
+        bridged: `bridging`'s sources are read.
         """
         s, clock = self.settings, Clock(self.bundle.device)
         inputs = prepare(self.bundle, s, prompt, self.pictures[picture], seed=seed)
@@ -81,32 +91,64 @@ class Renderer:
         clock.lap("text")
         s.store.reset_counters()
         attached = attach_settings(self.bundle, cache, s.store)
+        bridge, start = None, 0
         watched = Trace() if cache.policy is None else None
 
         def watch(step: Step) -> None:
             if watched is not None:
                 guided = s.guidance > 1
                 watched.note_forwards(
-                    step.index, step.expert, guided=guided, blocks=self.num_blocks
+                    step.index,
+                    step.expert,
+                    guided=guided,
+                    blocks=self.num_blocks,
+                    segment=len(segments),
                 )
             self.on_step(cache.name, index, step, watched or attached.trace)
 
+        sampling: dict[str, Any] = {
+            "steps": steps or s.steps,
+            "guidance": s.guidance,
+            "guidance_low": s.guidance_low,
+            "shift": s.shift,
+        }
+        segments: list[Tensor] = []
+        decoded: list[np.ndarray] = []  # segments whose last picture the next one starts from
+        times: list[float] = []
         try:
-            latents = denoise(
-                self.bundle,
-                inputs,
-                steps=steps or s.steps,
-                guidance=s.guidance,
-                guidance_low=s.guidance_low,
-                shift=s.shift,
-                callbacks=[watch],
-            )
-            clock.lap("denoise")
+            with ExitStack() as stack:
+                stack.enter_context(attached.one_video())
+                if bridged:
+                    assert self.bridging is not None
+                    given = (inputs, prompt, self.pictures[picture])
+                    bridge = self.bridging.bridge(*given, s.guidance, s.store)
+                    if self.bridging.settings.draft_steps is not None:
+                        inputs, start = self.bridging.draft(
+                            *given, seed=seed, size=size(s), sampling=sampling
+                        )
+                    stack.enter_context(bridge.attached(texts_of(inputs.text)))
+                for number in range(s.segments):
+                    if number:
+                        inputs = self.go_on(inputs, segments[-1], decoded, seed, clock)
+                    latents = denoise(
+                        self.bundle, inputs, **sampling, start=start, callbacks=[watch]
+                    )
+                    times.append(clock.lap("denoise"))
+                    segments.append(latents)
         finally:
             disable_cache(self.bundle)
-        frames = decode_latents(self.bundle, latents)
+        latents = join_latents(self.bundle, segments, s.held)
+        if decoded:
+            frames = join_frames([*decoded, decode_latents(self.bundle, segments[-1])])
+        else:
+            frames = decode_latents(self.bundle, latents)
         clock.lap("decode")
         counters = s.store.stats()
+        trace = watched or attached.trace
+        report = {}
+        if bridge is not None:
+            forwards = sum(d.computed and d.unit == 0 for d in trace.decisions)
+            report = record_of(bridge, forwards, clock.seconds["denoise"])
         return Video(
             index,
             prompt,
@@ -114,10 +156,34 @@ class Renderer:
             frames,
             latents.cpu(),
             clock.seconds,
-            watched or attached.trace,
+            trace,
             counters["bytes_peak"],
             counters,
+            times,
+            report,
         )
+
+    def go_on(
+        self,
+        inputs: Inputs,
+        latents: Tensor,
+        decoded: list[np.ndarray],
+        seed: int,
+        clock: Clock,
+    ) -> Inputs:
+        """Inputs of the segment after the one with these latents, from the same noise; appends to
+        `decoded` where the model goes on from a picture.
+        """
+        if self.bundle.model.goes_on == "picture":
+            decoded.append(decode_latents(self.bundle, latents))
+            clock.lap("decode")
+            picture, shape = last_picture(decoded[-1]), size(self.settings)
+            fresh = draw_inputs(self.bundle, inputs.text, **shape, seed=seed, picture=picture)
+            inputs = replace(fresh, latents=inputs.latents)
+        else:
+            inputs = hold(inputs, latents, self.settings.held)
+        clock.lap("text")
+        return inputs
 
     @property
     def num_blocks(self) -> int:
@@ -139,8 +205,12 @@ def prepare(
     """Text, noise and picture of one video."""
     s = settings
     text = encode_text(bundle, prompt, negative_prompt=s.negative_prompt, guidance=s.guidance)
-    size = {"height": s.height, "width": s.width, "num_frames": s.num_frames}
-    return draw_inputs(bundle, text, **size, seed=seed, picture=picture)
+    return draw_inputs(bundle, text, **size(s), seed=seed, picture=picture)
+
+
+def size(settings: SamplingSettings) -> dict[str, int]:
+    """Of one segment."""
+    return {name: getattr(settings, name) for name in ("height", "width", "num_frames")}
 
 
 def other_noise(latents: Tensor, seed: int) -> Tensor:
@@ -161,10 +231,12 @@ class Clock:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def lap(self, name: str) -> None:
+    def lap(self, name: str) -> float:
+        """Seconds since the last lap, which are added to those of this name."""
         now = self.now()
-        self.seconds[name] = now - self.last
-        self.last = now
+        seconds, self.last = now - self.last, now
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        return seconds
 
 
 def open_picture(path: Path | None) -> Any:

@@ -64,6 +64,62 @@ class SamplingSettings:
             raise ValueError("guidance_low: has no effect without guidance; set guidance > 1")
 
 
+OVERLAP = 3  # latent frames; chosen by eye and by the jumps at the joins, see docs/long-video.md
+
+
+@dataclass(kw_only=True)
+class VideoSettings(SamplingSettings):
+    """Sampling settings of commands that render whole videos, which may have several segments.
+
+    segments: each of `num_frames`, going on from the one before. overlap: latent frames that a
+    segment of a text-to-video model takes over (None: 3, or as many as leave one to make).
+    """
+
+    segments: int = 1
+    overlap: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.segments < 1:
+            raise ValueError(f"segments: must be >= 1, got {self.segments}")
+        if self.segments == 1:
+            if self.overlap is not None:
+                raise ValueError("overlap: has no effect on one segment; set segments > 1")
+            return
+        name = type(self.model).__name__
+        if self.model.goes_on is None:
+            raise ValueError(
+                f"segments: {name} cannot go on from an earlier segment, it makes one picture of "
+                "another; set segments=1"
+            )
+        if self.model.goes_on == "picture" and self.overlap is not None:
+            raise ValueError(
+                f"overlap: {name} goes on from the last picture of a segment, not from latent "
+                "frames; set overlap=null"
+            )
+        most = (self.num_frames - 1) // 4  # one latent frame at least is new
+        if most < 1:
+            raise ValueError("num_frames: a segment needs 5 or more to go on from another, got 1")
+        if self.overlap is not None and not 1 <= self.overlap <= most:
+            raise ValueError(
+                f"overlap: must be from 1 to {most} latent frames of the {most + 1} that "
+                f"num_frames={self.num_frames} has, got {self.overlap}"
+            )
+
+    @property
+    def held(self) -> int:
+        """Latent frames that a segment takes over."""
+        return self.overlap or min(OVERLAP, (self.num_frames - 1) // 4)
+
+    @property
+    def total_frames(self) -> int:
+        """Frames of the whole video."""
+        new = self.num_frames - 1
+        if self.model.goes_on == "overlap":
+            new -= 4 * (self.held - 1)
+        return self.num_frames + (self.segments - 1) * new
+
+
 def choose_pictures(image: str | None, texts: list[str]) -> list[Path | None]:
     """One picture for all prompts, or a folder's by order of names. Raises ValueError."""
     if image is None:

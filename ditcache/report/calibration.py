@@ -12,7 +12,7 @@ from ditcache.cache.policies.base import Schedule
 from ditcache.cache.policies.teacache import SIGNALS, TeaCache
 from ditcache.cache.schedule import time_embeddings
 from ditcache.calibrate.fit import Polynomial, fit_polynomial, mean_ratios
-from ditcache.calibrate.plan import Plan, make_plan
+from ditcache.calibrate.plan import Plan
 from ditcache.files import complete_file
 from ditcache.pipeline.denoise import make_scheduler
 from ditcache.report.run_folder import versions, write_json, write_text
@@ -32,18 +32,11 @@ def write_calibration(
     model: str,
     runs: Sequence[Measured],
     gains: list[float],
+    plans: dict[int, Plan],
 ) -> None:
     """calibration.yaml, calibration.png, metrics.json, and a table on the terminal."""
     polynomials = fit_teacache(settings, bundle, runs)
     ratios = mean_ratios(runs)
-    grams = np.stack([run.gram for run in runs])
-    sizes = np.array([float(run.latents.float().square().mean()) for run in runs])
-    starts = runs[0].starts
-    plans = {
-        count: make_plan(grams, gains, sizes, starts, count)
-        for count in settings.counts
-        if count >= len(starts) + 1
-    }
     text = calibration_yaml(settings, model, runs, polynomials, ratios, plans)
     write_text(folder / "calibration.yaml", text)
     draw(folder / "calibration.png", polynomials, ratios, plans)
@@ -57,6 +50,7 @@ def write_calibration(
         "teacache": {name: {"r2": p.r2} for name, p in polynomials.items()},
         "magcache": {name: {"spread": float(spread.max())} for name, (_, spread) in ratios.items()},
         "planned": {str(count): plan.decibel for count, plan in plans.items()},
+        "refined": {str(count): plan.rendered for count, plan in plans.items() if plan.rendered},
         "gains": gains,
         "versions": versions(),
     }
@@ -108,15 +102,29 @@ def calibration_yaml(
     lines.append("magcache:  # |R_s| / |R_s-1|, 1 at an expert's first step")
     lines.append(f"  steps: {settings.steps}")
     lines += [f"  {name}: [{numbers(mean, '.5f')}]" for name, (mean, _) in ratios.items()]
-    lines.append("planned:  # of which steps compute (#); damping of the line at each skipped one")
+    lines.append(
+        "planned:  # of which steps compute (#); damping of the line at each skipped one, or"
+    )
+    lines.append("  # weights of the last computed residuals, newest first, where it was refined")
     lines.append(f"  steps: {settings.steps}")
     lines.append(f"  sigmas: [{numbers(runs[0].sigmas, '.5f')}]")
     lines.append("  plans:")
     for count, plan in plans.items():
-        lines.append(f"    {count}:  # predicted error of the latents {plan.decibel:.1f} dB")
+        lines.append(f"    {count}:  # {quality(plan)}")
         lines.append(f'      mask: "{plan.marks}"')
-        lines.append(f"      damping: [{numbers(plan.damping, '.3f')}]")
+        if plan.weights is None:
+            lines.append(f"      damping: [{numbers(plan.damping, '.3f')}]")
+        else:
+            rows = ", ".join(f"[{numbers(row, '.4f')}]" for row in plan.weights)
+            lines.append(f"      weights: [{rows}]")
     return "\n".join(lines) + "\n"
+
+
+def quality(plan: Plan) -> str:
+    if plan.rendered is None:
+        return f"predicted error of the latents {plan.decibel:.1f} dB"
+    before, after = plan.rendered
+    return f"rendered error of the latents {after:.1f} dB, {before:.1f} dB before it was refined"
 
 
 def numbers(values: Any, form: str) -> str:
@@ -152,9 +160,10 @@ def draw(
     for row, plan in enumerate(plans.values()):
         computed = [step for step, on in enumerate(plan.mask) if on]
         axis.plot(computed, [row] * len(computed), "s", color="black", markersize=5)
-        axis.text(len(plan.mask) + 0.5, row, f"{plan.decibel:.1f} dB", fontsize=7, va="center")
+        error = plan.rendered[1] if plan.rendered else plan.decibel
+        axis.text(len(plan.mask) + 0.5, row, f"{error:.1f} dB", fontsize=7, va="center")
     axis.set_yticks(range(len(plans)), [str(count) for count in plans], fontsize=7)
-    axis.set_title("Plans: computed steps and predicted error of the latents")
+    axis.set_title("Plans: computed steps and error of the latents")
     axis.set_xlabel("step")
     axis.set_ylabel("computed steps")
     axis.set_xlim(-0.7, max((len(plan.mask) for plan in plans.values()), default=1) + 4)
@@ -177,7 +186,10 @@ def print_table(
     for name, (_, spread) in ratios.items():
         table.add_row(f"magcache, {name}", f"spread over prompts at most {spread.max():.4f}")
     for count, plan in plans.items():
-        table.add_row(f"planned, compute={count}", f"{plan.marks}  {plan.decibel:.1f} dB predicted")
+        error = f"{plan.decibel:.1f} dB predicted"
+        if plan.rendered is not None:
+            error = "{:.1f} -> {:.1f} dB rendered".format(*plan.rendered)
+        table.add_row(f"planned, compute={count}", f"{plan.marks}  {error}")
     console = Console()
     console.print(table)
     path = folder / "calibration.yaml"

@@ -21,14 +21,14 @@ def font(size: int = 12) -> Any:
 
 
 def cache_map(rows: Iterable[Mapping[str, Any]]) -> np.ndarray:
-    """Decisions (lines of steps.jsonl) -> uint8 picture: a strip per video, expert, branch and
-    unit, a cell per step.
+    """Decisions (lines of steps.jsonl) -> uint8 picture: a strip per video, segment, expert, branch
+    and unit, a cell per step.
 
     A full cell was computed; an empty one with a dot was skipped.
     """
     strips: dict[tuple, dict[int, bool]] = {}
     for row in rows:
-        key = (row["video"], row["expert"], row["branch"], row["unit"])
+        key = (row["video"], row["segment"], row["expert"], row["branch"], row["unit"])
         strips.setdefault(key, {})[row["step"]] = row["computed"]
     steps = 1 + max((max(strip) for strip in strips.values()), default=0)
     label = 8 + max((int(font().getlength(strip_name(key))) for key in strips), default=0)
@@ -49,8 +49,9 @@ def cache_map(rows: Iterable[Mapping[str, Any]]) -> np.ndarray:
 
 
 def strip_name(key: tuple) -> str:
-    video, expert, branch, unit = key
-    return f"video {video}  {expert}  {branch}  unit {unit}"
+    video, segment, expert, branch, unit = key
+    part = f"  segment {segment}" if segment else ""
+    return f"video {video}{part}  {expert}  {branch}  unit {unit}"
 
 
 def sample(frames: np.ndarray, count: int = 7) -> np.ndarray:

@@ -37,7 +37,7 @@ def count(settings: GenerateSettings) -> dict[str, Any]:
         "vae": shape.vae * BYTES[model.vae_dtype],
         "image encoder": shape.image_encoder * size,
     }
-    all_forwards = settings.steps * branches
+    all_forwards = settings.segments * settings.steps * branches
     computed = computed_steps(settings)
     state = max(kept(settings.cache.of(name), shape, tokens, size) for name in experts)
     return {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ditcache.cache.trace import Trace
 from ditcache.files import complete_file
 from ditcache.metrics.psnr import psnr, psnr_per_frame
 from ditcache.metrics.ssim import ssim
@@ -76,7 +77,28 @@ def facts(video: Video) -> dict[str, Any]:
         },
         "state_bytes_peak": video.state_bytes_peak,
         "store": video.store,
+        **({} if len(video.segment_seconds) == 1 else {"segments": segments(video)}),
+        **({"bridge": video.bridge} if video.bridge else {}),
     }
+
+
+def segments(video: Video) -> list[dict[str, Any]]:
+    """Per segment of a long video: seconds of denoising, and blocks, of them those computed."""
+    found = []
+    for number, taken in enumerate(video.segment_seconds):
+        own = [d for d in video.trace.decisions if d.segment == number]
+        part = Trace(own)
+        found.append(
+            {
+                "segment": number,
+                "denoise_s": taken,
+                "units_total": len(own),
+                "units_computed": part.computed,
+                "units_warm": sum(d.reason == "warm" for d in own),
+                "blocks_computed": part.blocks_computed,
+            }
+        )
+    return found
 
 
 def label(name: str, video: Video) -> str:

@@ -38,6 +38,8 @@ def write_summary(
         "cache": names["cache"],
         "seed": settings.seed,
         "steps": settings.steps,
+        "segments": settings.segments,
+        "frames": settings.total_frames,
         "prompts": [record.entry["prompt"] for record in records],
         **totals([record.entry for record in records]),
         "versions": versions(),
@@ -130,7 +132,10 @@ def print_summary(folder: Path, metrics: dict[str, Any]) -> None:
     table.add_row(*row)
     console = Console()
     console.print(table)
-    if metrics["cache"] != "none" and compute["ratio"] == 1:
+    for entry in metrics["video"]:
+        if "bridge" in entry:
+            console.print(bridge_line(entry["bridge"]))
+    if not metrics["cache"].startswith("none") and compute["ratio"] == 1:
         console.print("nothing was skipped: every step was head, tail or asked for by the policy")
     if compared:
         bound, reached = metrics["speedup"]["bound"], metrics["speedup"]["reached"]
@@ -141,6 +146,16 @@ def print_summary(folder: Path, metrics: dict[str, Any]) -> None:
     if "tiers" in metrics:
         console.print("kept per tier: " + ", ".join(map(tier_line, metrics["tiers"].items())))
     console.print(str(folder), style="bold", highlight=False, soft_wrap=True)
+
+
+def bridge_line(bridge: dict[str, Any]) -> str:
+    """`bridge: every 1, 48 source forwards beside 48: 2.00x; projector 0.8 % of the time`"""
+    line = (
+        f"bridge: {bridge['schedule']}, {bridge['source_forwards']} source forwards beside "
+        f"{bridge['target_forwards']}: {bridge['cost']:.2f}x"
+    )
+    share = bridge.get("projector_share")
+    return line if share is None else f"{line}; projector {share:.1%} of denoising"
 
 
 def tier_line(tier: tuple[str, dict[str, Any]]) -> str:

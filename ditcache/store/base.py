@@ -66,6 +66,18 @@ class Store:
         """Whether `note_cost` has an effect, so that the caller should measure it."""
         return False
 
+    @property
+    def shares(self) -> bool:
+        """Whether `publish` and `recall` reach anyone, so that the caller should find names."""
+        return False
+
+    def publish(self, name: str, tensor: Tensor) -> None:
+        """Let other processes have what follows from `name` alone."""
+
+    def recall(self, name: str, device: torch.device) -> Tensor | None:
+        """What this or another process published under `name`."""
+        return None
+
     def drop(self, *prefix: int | str) -> None:
         """Forget every entry whose key starts with `prefix`; without one, everything."""
         raise NotImplementedError

@@ -15,6 +15,7 @@ from ditcache.store.sizes import read_size
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
     from torch import Tensor
 
     from ditcache.store.codec import Packed
@@ -34,7 +35,8 @@ class TieredStore(Store):
     tier makes its folder; None is the run's folder or, from Python, the system's temporary one.
     remote: URL of a directory behind the disk, for fsspec. gpu_codec, cpu_codec, disk_codec: none
     is lossless; bf16 or int8 lose something, the same every time. skip_slow: answer None for what
-    takes longer to fetch than to compute again; then results depend on timing.
+    takes longer to fetch than to compute again; then results depend on timing. share: what warm
+    starts compute is left in `remote` for other processes, under a hash of all it follows from.
     """
 
     gpu: int | float | str | None = "512MiB"
@@ -46,7 +48,9 @@ class TieredStore(Store):
     cpu_codec: str = "none"
     disk_codec: str = "none"
     skip_slow: bool = False
+    share: bool = False
     homes: Any = field(default=None, init=False, repr=False)  # a Homes, once open
+    shared: Any = field(default=None, init=False, repr=False)  # a SharedFolder, once open
     hits: int = field(default=0, init=False)
     misses: int = field(default=0, init=False)
     slow: int = field(default=0, init=False)
@@ -65,6 +69,8 @@ class TieredStore(Store):
                 raise ValueError(f"{name}_codec: has no effect without the tier; set {name}")
         if self.directory is not None and budgets["disk"] == 0:
             raise ValueError("directory: has no effect without the disk tier; set disk")
+        if self.share and self.remote is None:
+            raise ValueError("share: has no effect without a place for it; set remote=<URL>")
 
     def open(self, folder: Path | None = None) -> None:
         if self.homes is not None:
@@ -80,6 +86,11 @@ class TieredStore(Store):
                 for opened in tiers[:number]:
                     opened.close()
                 raise
+        if self.share:
+            from ditcache.store.shared import SharedFolder
+
+            assert self.remote is not None
+            self.shared = SharedFolder(self.remote)
         self.homes = Homes(tiers)
         self.homes.staging = Staging(self.homes)
         if self.skip_slow:
@@ -112,6 +123,9 @@ class TieredStore(Store):
         for tier in self.homes.tiers:
             tier.close()
         self.homes = None
+        if self.shared is not None:
+            self.shared.close()
+            self.shared = None
 
     def __enter__(self) -> TieredStore:
         self.open()
@@ -195,6 +209,21 @@ class TieredStore(Store):
     def wants_cost(self) -> bool:
         return self.skip_slow
 
+    @property
+    def shares(self) -> bool:
+        return self.share
+
+    def publish(self, name: str, tensor: Tensor) -> None:
+        if self.share:
+            self.opened()
+            self.shared.put(name, tensor.detach())
+
+    def recall(self, name: str, device: torch.device) -> Tensor | None:
+        if not self.share:
+            return None
+        self.opened()
+        return self.shared.get(name, device)
+
     def too_slow(self, key: Key) -> bool:
         """Whether all that the unit of `key` would have to fetch takes longer than computing it;
         False while either is not known.
@@ -251,6 +280,7 @@ class TieredStore(Store):
             "misses": self.misses,
             "skipped_slow": self.slow,
             "lossy": any("codec" in tier for tier in tiers.values()),
+            **({} if self.shared is None else {"shared": dict(self.shared.counts)}),
             "tiers": tiers,
         }
 

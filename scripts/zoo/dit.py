@@ -14,7 +14,8 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from zoo import text, vae, world
+from ditcache.clips import world
+from zoo import text, vae
 
 Attention = TypeVar("Attention", bound="TrainingAttention")
 TEXT_TOKENS = 28  # longest caption kept in training

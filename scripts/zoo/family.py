@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from transformers import PreTrainedTokenizerFast
 
-from zoo import judge, world
+from ditcache.clips import judge, world
 from zoo.dit import Denoiser
 
 STEPS, GUIDANCE, FLOW_SHIFT = 24, 4.0, 3.0

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ditcache.clips import world
 from ditcache.models import delta
 from ditcache.models.zoo import BASE, DELTA, SHARED, WEIGHTS
-from zoo import dit, siblings, text, world
+from zoo import causal, dit, siblings, text
 
 ZOO = Path("ditcache/zoo")
 COMMON = ("text_encoder", "tokenizer", "vae")
@@ -22,7 +23,9 @@ PIPELINES = {
     "wan22-tiny": "WanPipeline",
     "wan-i2v-tiny": "WanImageToVideoPipeline",
     "chronoedit-tiny": "ChronoEditPipeline",
+    "wan-causal-tiny": "WanPipeline",
 }
+FROM_PICTURE = ("wan-i2v-tiny", "chronoedit-tiny")
 
 
 def trained(folder: Path, stage: str, model: torch.nn.Module) -> torch.nn.Module:
@@ -46,6 +49,9 @@ def make_pipeline(member: str, folder: Path, base: dit.Denoiser, autoencoder: An
         ]
         parts |= {"transformer": experts[0], "transformer_2": experts[1]}
         parts |= {"boundary_ratio": siblings.BOUNDARY}
+    elif member == "wan-causal-tiny":
+        student = causal.make_causal(base, parts["tokenizer"])
+        parts |= {"transformer": trained(folder, "rollout", student).transformer}
     else:
         chronoedit = member == "chronoedit-tiny"
         stage = "chronoedit" if chronoedit else "i2v"
@@ -97,7 +103,7 @@ def export(member: str, pipe: Any) -> int:
         pipe.save_pretrained(folder, safe_serialization=True)
         for name in origins:
             shutil.rmtree(folder / name)
-        if member != "wan22-tiny":
+        if member in FROM_PICTURE:
             Image.fromarray(own_picture(member)).save(folder / "picture.png")
         for path in folder.glob(f"transformer*/{WEIGHTS}"):
             save_file(delta.encode(load_file(path), base), path.with_name(DELTA))

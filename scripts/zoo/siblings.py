@@ -7,7 +7,7 @@ between them (eight).
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import signature
 
 import numpy as np
@@ -17,11 +17,13 @@ from diffusers import ChronoEditTransformer3DModel, WanTransformer3DModel
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from zoo import dit, vae, world
+from ditcache.clips import world
+from ditcache.clips.edits import render_edit
+from zoo import dit, vae
 
 BOUNDARY = 0.875  # of the noise range: above it the high-noise expert works
 RANGES = {"wan22-high": (BOUNDARY, 1.0), "wan22-low": (0.0, BOUNDARY)}
-EDIT_FRAMES, REASONING_FRAMES = 5, 29
+EDIT_FRAMES = 5
 PICTURE_SIDE, PICTURE_TOKENS, PICTURE_DIM = 32, 17, 48  # of what the image encoder sees and says
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -49,38 +51,6 @@ def draw_sigma(rng: np.random.Generator, count: int, low: float, high: float) ->
         drawn = dit.draw_sigma(rng, 8 * count)
         found = torch.cat([found, drawn[(drawn >= low) & (drawn <= high)]])
     return found[:count]
-
-
-def draw_edit(rng: np.random.Generator) -> tuple[world.Scene, world.Scene]:
-    """A resting object before and after: another colour, another shape, or both; the second scene's
-    caption says what becomes of it.
-    """
-    before = replace(world.draw_scene(rng), travel=0.0)
-    half = before.radius + 1
-    centre = tuple(float(rng.uniform(half, size - half)) for size in (world.WIDTH, world.HEIGHT))
-    colours = [c for c in world.OBJECT_COLOURS if c not in (before.colour, before.background)]
-    shapes = [shape for shape in world.SHAPES if shape != before.shape]
-    kind = rng.choice(["colour", "shape", "both"], p=[0.5, 0.3, 0.2])
-    colour = before.colour if kind == "shape" else str(rng.choice(colours))
-    shape = before.shape if kind == "colour" else str(rng.choice(shapes))
-    words = {"colour": colour, "shape": f"a {shape}", "both": f"a {colour} {shape}"}[str(kind)]
-    if words.startswith("a orange"):
-        words = f"an{words[1:]}"
-    subject = "it" if rng.random() < 0.3 else f"the {before.shape}"
-    before = replace(before, start=(centre[0], centre[1]))
-    jitter = np.clip(np.array(world.OBJECT_COLOURS[colour]) + rng.uniform(-0.03, 0.03, 3), 0, 1)
-    rgb = before.colour_rgb if kind == "shape" else tuple(jitter)
-    after = replace(
-        before, shape=shape, colour=colour, colour_rgb=rgb, caption=f"{subject} becomes {words}"
-    )
-    return before, after
-
-
-def render_edit(before: world.Scene, after: world.Scene) -> np.ndarray:
-    """uint8 [25, H, W, 3]: from one picture to the other by a cross-fade."""
-    first, last = (world.render(scene)[0].astype(np.float32) for scene in (before, after))
-    share = np.linspace(0, 1, REASONING_FRAMES - 4, dtype=np.float32)[:, None, None, None]
-    return (first * (1 - share) + last * share + 0.5).astype(np.uint8)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from zoo import world
+from ditcache.clips import world
 
 DIM = 64
 VERBS = (

@@ -6,6 +6,7 @@ from by_hand import by_hand, cached, decisions
 from test_exactness import SKIPPING, generate, knobs_for
 
 import ditcache
+from ditcache.cache.forecasters.fitted import Fitted
 from ditcache.cache.forecasters.hermite import Hermite
 from ditcache.cache.forecasters.hold import Hold
 from ditcache.cache.forecasters.taylor import Taylor
@@ -65,6 +66,24 @@ def test_every_forecaster_runs_on_any_store(pipe, forecaster, tmp_path):
     for budgets in STORES.values():
         with TieredStore(**budgets, directory=str(tmp_path)) as store:
             found, again = outputs(store)
+        assert again == decided
+        assert all(torch.equal(a, b) for branch in plain for a, b in zip(plain[branch], found[branch], strict=True))  # fmt: skip
+
+
+def test_fitted_runs_on_any_store(pipe, tmp_path):
+    """Its dampings are the plan's, one by one, whatever its residuals went through."""
+
+    def outputs(store):
+        knobs = {"granularity": "per_block", "head": 1, "store": store, **SKIPPING["planned"]}
+        with cached(pipe, "planned", Fitted(), **knobs) as cache:
+            return by_hand(pipe), decisions(cache)
+
+    plain, decided = outputs(DeviceStore())
+    assert "0" in decided
+    for budgets in STORES.values():
+        with TieredStore(**budgets, directory=str(tmp_path)) as store:
+            found, again = outputs(store)
+            assert tiers(store, "hits")["disk"] > 0
         assert again == decided
         assert all(torch.equal(a, b) for branch in plain for a, b in zip(plain[branch], found[branch], strict=True))  # fmt: skip
 

@@ -17,6 +17,7 @@ def decisions(computed):
             "video": 0,
             "expert": "transformer",
             "branch": branch,
+            "segment": 0,
             "unit": 0,
             "step": step,
             "computed": c,

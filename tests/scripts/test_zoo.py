@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 import train_zoo
 
+from ditcache.clips import judge, world
 from ditcache.models.base import ZOO
-from zoo import dit, judge, text, training, vae, world
+from zoo import dit, text, training, vae
 
 
 def scenes(seed, count):

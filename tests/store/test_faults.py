@@ -130,6 +130,34 @@ def test_a_disk_that_is_really_full(store, monkeypatch):
     assert found(store, range(11)) == [True] * 10 + [False]
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    done = shutil.which("mount") and subprocess.run(command, capture_output=True, text=True)
+    if not done or done.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip() if done else 'no mount'}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_small_file_system_keeps_what_fits(small_disk):
+    with TieredStore(gpu=0, cpu=0, disk=None, directory=str(small_disk)) as store:
+        with pytest.warns(RuntimeWarning, match="No space left on device") as warned:
+            for unit in range(30):
+                store.put(key(unit), ones(unit))
+        kept = found(store, range(30))
+        assert len(warned) == 1 and 0 < sum(kept) < 30 and kept[0] and not kept[-1]
+        assert tiers(store, "faults") == {"disk": 30 - sum(kept)}
+        assert not list(store.homes.tiers[-1].folder.path.glob(".*"))  # no half-written file
+        store.drop()
+        store.put(key(40), ones(40))  # there is room again
+        assert found(store, [40]) == [True]
+    assert list(small_disk.iterdir()) == []
+
+
 def test_a_slow_disk_is_only_slow(tmp_path, monkeypatch):
     for name in ("write_bytes", "read_bytes"):
         plain = getattr(Path, name)

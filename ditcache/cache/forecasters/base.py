@@ -30,6 +30,10 @@ class Forecaster:
     def check(self, policy: Policy | None) -> None:
         """Raises ValueError if it makes no sense beside this policy."""
 
+    def beside(self, policy: Policy) -> Forecaster:
+        """This forecaster with what it takes from a policy that knows its constants."""
+        return self
+
     def observe(self, ctx: Context, residual: Tensor) -> None:
         """Take in the residual computed at `ctx.step`; the tensor is given away."""
         state = ctx.state

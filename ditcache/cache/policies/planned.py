@@ -16,9 +16,9 @@ class Planned(Policy):
     final latents least, a shortest path over measured errors (the idea of LeMiCa,
     arXiv:2511.00090; what is measured is described in ditcache/calibrate/plan.py).
 
-    Static. Meant for the fitted forecaster, which takes a damping for every skipped step from the
-    same plan; any other works, at a loss. Plans hold for one number of steps and one sampling
-    schedule.
+    Static. Meant for the fitted forecaster, which takes a damping for every skipped step, or the
+    weights of a refined plan, from the same plan; any other works, at a loss. Plans hold for one
+    number of steps and one sampling schedule.
 
     compute: steps computed per branch. calibration: an option of conf/calibration or a YAML file;
     null means the model's.
@@ -33,6 +33,8 @@ class Planned(Policy):
             raise ValueError(f"compute: must be >= 2, got {self.compute}")
 
     def fitted(self, calibration: str | None) -> Policy:
+        if self.plan is not None:  # given by `ditcache calibrate`, which is making it
+            return self
         calibration = self.calibration or calibration
         known = load_calibration(calibration).planned if calibration else {}
         plans = {int(count): plan for count, plan in known.get("plans", {}).items()}
@@ -75,4 +77,24 @@ class Planned(Policy):
         """Share of the line's slope that the fitted forecaster follows at a skipped step."""
         assert self.plan is not None
         skipped = self.plan["mask"][:step].count(".")
-        return float(self.plan["damping"][skipped]) if self.plan["mask"][step] == "." else 1.0
+        known = self.plan.get("damping") if self.plan["mask"][step] == "." else None
+        return float(known[skipped]) if known else 1.0
+
+    @property
+    def reach(self) -> int:
+        """How many computed residuals the fitted forecaster needs."""
+        assert self.plan is not None
+        return max([2, *(len(weights) for weights in self.plan.get("weights", []))])
+
+    def weights(self, step: int, behind: list[int]) -> list[float] | None:
+        """A refined plan's weights of the last computed residuals, newest first; None without one
+        or where the steps computed last, `behind`, are not the plan's.
+        """
+        assert self.plan is not None
+        mask, weights = self.plan["mask"], self.plan.get("weights")
+        if not weights or mask[step] == "#":
+            return None
+        found = [float(weight) for weight in weights[mask[:step].count(".")]]
+        computed = [at for at in range(step - 1, -1, -1) if mask[at] == "#"]
+        same = behind[: len(found)] == computed[: len(found)]
+        return found if same else None

@@ -87,7 +87,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
 
 
 def draw_caption(
-    rng, shape: str, colour: str, background: str, texture: str, direction: str
+    rng: np.random.Generator, shape: str, colour: str, background: str, texture: str, direction: str
 ) -> str:
     """Mostly one sentence; sometimes another verb, no article, no texture word or no background."""
     article = "" if rng.random() < 0.06 else "an " if colour == "orange" else "a "
@@ -104,12 +104,26 @@ def render(scene: Scene, num_frames: int = NUM_FRAMES) -> np.ndarray:
     """scene -> uint8 [T, H, W, 3], soft edges, mild shading; the same way in any number of
     frames.
     """
+    progress = np.linspace(0, 1, num_frames, dtype=np.float32)
+    dx, dy = DIRECTIONS[scene.direction]
+    return paint(
+        scene,
+        scene.start[0] + dx * scene.travel * progress,
+        scene.start[1] + dy * scene.travel * progress,
+    )
+
+
+def paint(
+    scene: Scene, centre_x: np.ndarray, centre_y: np.ndarray, period: float | None = None
+) -> np.ndarray:
+    """The scene's object at these places, pixels [T] each -> uint8 [T, H, W, 3]. period: after so
+    many pixels, in both directions, there is the object again.
+    """
     ys, xs = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32) + 0.5
     backdrop = np.array(scene.background_rgb, np.float32) + texture_field(scene, xs, ys)[..., None]
-    progress = np.linspace(0, 1, num_frames, dtype=np.float32)[:, None, None]
-    dx, dy = DIRECTIONS[scene.direction]
-    local_x = xs - (scene.start[0] + dx * scene.travel * progress)
-    local_y = ys - (scene.start[1] + dy * scene.travel * progress)
+    local_x, local_y = xs - centre_x[:, None, None], ys - centre_y[:, None, None]
+    if period is not None:
+        local_x, local_y = ((x + period / 2) % period - period / 2 for x in (local_x, local_y))
     alpha = coverage(scene.shape, local_x, local_y, scene.radius)[..., None]
     shade = 1 - 0.10 * (local_x + local_y) / (2 * scene.radius)  # lit from the top left
     ink = np.array(scene.colour_rgb, np.float32) * shade[..., None]

@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from zoo import world
+from ditcache.clips import world
 
 QUALITIES = ("background", "colour", "direction", "shape")
 
@@ -25,6 +25,17 @@ class Verdict:
 
 def judge(frames: np.ndarray) -> Verdict:
     """frames float [T, H, W, 3] in 0..1."""
+    backdrop, ink, alpha = separate(frames)
+    return Verdict(
+        background=nearest(backdrop, world.BACKGROUNDS),
+        colour=nearest(ink + backdrop, world.OBJECT_COLOURS),
+        direction=read_direction(alpha),
+        shape=read_shape(alpha),
+    )
+
+
+def separate(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Colour of the background [3], the object's minus that [3], and its soft mask [T, H, W]."""
     ring = np.ones(frames.shape[1:3], bool)
     ring[3:-3, 3:-3] = False
     backdrop = np.median(frames[:, ring].reshape(-1, 3), axis=0)
@@ -32,14 +43,8 @@ def judge(frames: np.ndarray) -> Verdict:
     distance = np.linalg.norm(offset, axis=-1)
     strong = distance > 0.6 * np.quantile(distance, 0.97)
     ink = np.median(frames[strong], axis=0) - backdrop
-    alpha = np.clip(offset @ ink / max(float(ink @ ink), 1e-6), 0, 1)  # soft mask [T, H, W]
-    alpha = np.clip((alpha - 0.25) / 0.5, 0, 1)  # texture below, shading above
-    return Verdict(
-        background=nearest(backdrop, world.BACKGROUNDS),
-        colour=nearest(ink + backdrop, world.OBJECT_COLOURS),
-        direction=read_direction(alpha),
-        shape=read_shape(alpha),
-    )
+    alpha = np.clip(offset @ ink / max(float(ink @ ink), 1e-6), 0, 1)
+    return backdrop, ink, np.clip((alpha - 0.25) / 0.5, 0, 1)  # texture below, shading above
 
 
 def nearest(rgb: np.ndarray, named: dict[str, tuple[float, float, float]]) -> str:

@@ -1,0 +1,162 @@
+"""Bridged generation: sources loaded once, a fresh bridge per video."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ditcache.bridge.nets import Net
+from ditcache.bridge.partner import side_of
+from ditcache.bridge.refuse import check_bundles, check_frames
+from ditcache.bridge.run import Bridge, Source
+from ditcache.bridge.saved import load_net
+from ditcache.bridge.settings import BridgeSettings
+from ditcache.errors import DitcacheError
+from ditcache.models.base import Bundle
+from ditcache.models.load import load
+from ditcache.pipeline.denoise import denoise, make_scheduler
+from ditcache.pipeline.inputs import Inputs, draw_inputs
+from ditcache.pipeline.text import TextStates, encode_text
+from ditcache.store.base import Store
+
+
+@dataclass
+class Spring:
+    """A source of a run, loaded."""
+
+    bundle: Bundle
+    net: Net
+
+
+class Bridging:
+    """Everything that one run's videos share."""
+
+    def __init__(self, settings: BridgeSettings, target: Bundle, num_frames: int):
+        from ditcache.bridge.capture import shape_of
+
+        self.settings, self.target = settings, target
+        self.springs: dict[str, Spring] = {}
+        loaded: dict[str, Bundle] = {}
+        transformer = target.pipe.transformer
+        for number, wire in enumerate(settings.wires):
+            path = wire.source.path
+            bundle = loaded.get(path) or loaded.setdefault(path, load(wire.source))
+            check_bundles(target, bundle)
+            if bundle.model.offload != "none":
+                raise DitcacheError("bridge: a source must stay where the target is; offload=none")
+            if wire.header is None:
+                assert settings.projector is not None
+                source = bundle.pipe.transformer
+                net = settings.projector.make(shape_of(source), shape_of(transformer))
+                name = f"{number}"
+            else:
+                assert wire.path is not None
+                way = side_of(target.model)
+                net = load_net(wire.path, wire.header, way, bundle.pipe.transformer, transformer)
+                name = str(wire.path)  # so that the order in which they were given does not matter
+            net = net.to(target.device, transformer.dtype)
+            self.springs[name] = Spring(bundle, net)
+        frames = (num_frames - 1) // 4 + 1
+        ends = settings.fusion.source_frames == "ends"
+        sources = [] if ends else [s.bundle.pipe.transformer for s in self.springs.values()]
+        check_frames(frames, settings.fusion, transformer, *sources)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(spring.net.num_parameters for spring in self.springs.values())
+
+    def bridge(
+        self, inputs: Inputs, prompt: str, picture: Any, guidance: float, store: Store
+    ) -> Bridge:
+        """For one video."""
+        sources = {
+            name: Source(
+                spring.bundle.pipe.transformer,
+                spring.net,
+                texts_of(self.read(spring, prompt, guidance)),
+                self.look(spring, picture),
+            )
+            for name, spring in self.springs.items()
+        }
+        return Bridge(self.target.pipe.transformer, sources, self.settings.fusion, store)
+
+    def read(self, spring: Spring, prompt: str, guidance: float) -> TextStates:
+        own = self.settings.source_prompt or prompt
+        negative = spring.bundle.model.negative_prompt
+        return encode_text(spring.bundle, own, negative_prompt=negative, guidance=guidance)
+
+    def look(self, spring: Spring, picture: Any) -> Tensor | None:
+        pipe = spring.bundle.pipe
+        if pipe.transformer.config.image_dim is None:
+            return None
+        return pipe.encode_image(picture, spring.bundle.device).to(pipe.transformer.dtype)
+
+    def draft(
+        self,
+        inputs: Inputs,
+        prompt: str,
+        picture: Any,
+        *,
+        seed: int,
+        size: Mapping[str, int],
+        sampling: Mapping[str, Any],
+    ) -> tuple[Inputs, int]:
+        """Stage one: the first source's own video, noised again. Returns the target's inputs and
+        the step at which it goes on.
+        """
+        s = self.settings
+        assert s.draft_steps is not None and s.draft_sigma is not None
+        spring = next(iter(self.springs.values()))
+        text = self.read(spring, prompt, sampling["guidance"])
+        own = draw_inputs(spring.bundle, text, **size, seed=seed, picture=picture)
+        own = replace(own, latents=own.latents.to(inputs.latents))
+        clean = denoise(spring.bundle, own, **{**sampling, "steps": s.draft_steps})
+        scheduler = make_scheduler(self.target.pipe.scheduler, sampling["shift"])
+        scheduler.set_timesteps(sampling["steps"])
+        start, sigma = start_at(scheduler.sigmas.tolist(), s.draft_sigma)
+        noised = (1 - sigma) * clean + sigma * inputs.latents
+        return replace(inputs, latents=noised), start
+
+
+def start_at(sigmas: list[float], most: float) -> tuple[int, float]:
+    """First step whose sigma is at most `most`, and that sigma. Raises DitcacheError where no step
+    is left. sigmas: one more than steps.
+    """
+    for step, sigma in enumerate(sigmas[:-1]):
+        if sigma <= most:
+            return step, sigma
+    raise DitcacheError(
+        f"bridge.draft_sigma: {most:g} lies below the last step's sigma {sigmas[-2]:.3f}; raise it "
+        "or take more steps"
+    )
+
+
+def texts_of(text: TextStates) -> dict[str, Tensor]:
+    """Branch -> embeddings."""
+    found = {"cond": text.cond}
+    if text.uncond is not None:
+        found["uncond"] = text.uncond
+    return found
+
+
+def record_of(bridge: Bridge, target_forwards: int, denoise_seconds: float) -> dict[str, Any]:
+    """What one video's bridge did, for metrics.json. cost: forwards of all models per forward of
+    the target, as if source and target were equally large.
+    """
+    on_cpu = next(bridge.target.parameters()).device.type == "cpu"
+    seconds = {f"{name}_s": value for name, value in bridge.seconds.items()} if on_cpu else {}
+    share = {"projector_share": bridge.seconds["projector"] / denoise_seconds} if on_cpu else {}
+    return {
+        "schedule": bridge.fusion.schedule,
+        "driver": bridge.fusion.driver,
+        "sources": len(bridge.sources),
+        "source_forwards": bridge.forwards,
+        "target_forwards": target_forwards,
+        "cost": 1 + bridge.forwards / max(target_forwards, 1),
+        "refreshed": sorted({step for step, _, _ in bridge.asked}),
+        **seconds,
+        **share,
+    }

@@ -1,0 +1,283 @@
+"""The weights of projectors. Letters: L layers, B batch, N tokens, H heads, D head size, C = H * D.
+
+Every net fuses one layer's keys and values: `net(layer, source, target, time)`, each a pair of
+[B, N, H, D]. Only fused layers are in a net's `layers`. Time [B] is sigma, 1 to 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditcache.bridge.projectors.base import Shape, partners
+
+if TYPE_CHECKING:
+    from ditcache.bridge.projectors.full import Full
+    from ditcache.bridge.projectors.gating import Gating
+    from ditcache.bridge.projectors.weighted import Weighted
+
+KeyValues = tuple[Tensor, Tensor]
+TIME_DIM = 256  # of the sinusoidal embedding of sigma
+
+
+class Net(nn.Module):
+    """Base: knows which layers it fuses. partners: target layer -> source layer."""
+
+    def __init__(self, source: Shape, target: Shape):
+        super().__init__()
+        self.source, self.target = source, target
+        self.partners = partners(source, target)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, layer: int, source: KeyValues, target: KeyValues, time: Tensor) -> KeyValues:
+        """Keys and values of target layer `layer` to attend to."""
+        key, value = (self.one(layer, i, source[i], target[i], time) for i in (0, 1))
+        return key, value
+
+    def one(self, layer: int, which: int, source: Tensor, target: Tensor, time: Tensor) -> Tensor:
+        """Keys (which 0) or values (1) alone."""
+        raise NotImplementedError
+
+
+class IdentityNet(Net):
+    def one(self, layer: int, which: int, source: Tensor, target: Tensor, time: Tensor) -> Tensor:
+        return source
+
+
+class WeightedNet(Net):
+    def __init__(self, spec: Weighted, source: Shape, target: Shape):
+        super().__init__(source, target)
+        self.alpha, self.raw = spec.fusion_alpha, None
+        if spec.learnable_alpha:
+            count, heads = target.layers, target.heads
+            sizes = {"global": (1,), "layer": (count, 2), "head": (count, 2, heads)}
+            self.raw = nn.Parameter(torch.zeros(sizes[spec.alpha_granularity]))
+
+    def one(self, layer: int, which: int, source: Tensor, target: Tensor, time: Tensor) -> Tensor:
+        if self.raw is None:
+            return target + self.alpha * (source - target)
+        raw = self.raw if self.raw.dim() == 1 else self.raw[layer, which]
+        share = self.alpha * torch.tanh(raw)
+        return target + share.view(1, 1, -1, 1).to(target.dtype) * (source - target)
+
+
+class GateNet(nn.Module):
+    """features [..., F] -> hidden (with time, if any) -> gate [..., O], zero at the start."""
+
+    def __init__(self, features: int, hidden: int, outputs: int):
+        super().__init__()
+        self.into, self.out = nn.Linear(features, hidden), nn.Linear(hidden, outputs)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, features: Tensor, time: Tensor | None, bias: Tensor | None) -> Tensor:
+        hidden = self.into(features)
+        if time is not None:  # [B, hidden] under the tokens and, if they are there, heads
+            hidden = hidden + time.view(len(time), *[1] * (hidden.dim() - 2), -1)
+        raw = self.out(F.silu(hidden))
+        return torch.tanh(raw if bias is None else raw + bias)
+
+
+class GatingNet(Net):
+    def __init__(self, spec: Gating, source: Shape, target: Shape):
+        super().__init__(source, target)
+        self.spec = spec
+        heads, size, flat = target.heads, target.head_dim, spec.gate_net == "flat"
+        features = (heads * size if flat else size) * (2 if spec.gate_input == "both" else 1)
+        per_head = {"head": 1, "token": 1, "value": size}[spec.gate_granularity]
+        outputs = per_head * (heads if flat and spec.gate_granularity != "token" else 1)
+        copies = (1 if spec.share_layers else target.layers) * (1 if spec.share_key_value else 2)
+        self.gates = nn.ModuleList(
+            GateNet(features, spec.projector_hidden_dim, outputs) for _ in range(copies)
+        )
+        self.time = nn.Linear(TIME_DIM, spec.projector_hidden_dim) if spec.time_embedding else None
+        self.bias = None
+        if spec.layer_bias:
+            count = {"head": heads, "token": 1, "value": heads * size}[spec.gate_granularity]
+            self.bias = nn.Parameter(torch.zeros(target.layers, 2, count))
+
+    def one(self, layer: int, which: int, source: Tensor, target: Tensor, time: Tensor) -> Tensor:
+        return target + self.gate(layer, which, source, target, time) * (source - target)
+
+    def gate(self, layer: int, which: int, source: Tensor, target: Tensor, time: Tensor) -> Tensor:
+        """[B, N, H or 1, D or 1]"""
+        spec, heads = self.spec, target.shape[2]
+        seen = [target, source - target] if spec.gate_input == "both" else [target]
+        if spec.gate_net == "flat":
+            features = torch.cat([x.flatten(2) for x in seen], -1)  # [B, N, 1 or 2 C]
+        else:
+            features = torch.cat(seen, -1)  # [B, N, H, 1 or 2 D]
+            if spec.gate_granularity == "token":
+                features = features.mean(2)
+        index = 0 if spec.share_layers else layer
+        net = self.gates[index] if spec.share_key_value else self.gates[2 * index + which]
+        when = None
+        if self.time is not None:
+            when = self.time(time_features(time).to(target.dtype))
+        bias = None if self.bias is None else self.bias[layer, which]
+        if bias is not None and spec.gate_net == "per_head" and spec.gate_granularity != "token":
+            bias = bias.view(heads, -1)
+        gate = net(features, when, bias)
+        if spec.gate_granularity == "token":
+            return gate[..., None]  # [B, N, 1, 1]
+        if spec.gate_net == "flat":
+            gate = gate.unflatten(2, (heads, -1))
+        return gate
+
+
+def time_features(time: Tensor) -> Tensor:
+    """sigma [B] -> [B, TIME_DIM], sines and cosines."""
+    half = TIME_DIM // 2
+    rates = torch.exp(-math.log(10_000) * torch.arange(half, device=time.device) / half)
+    angles = 1000 * time.float()[:, None] * rates
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class FullNet(Net):
+    """P per layer, for keys and values apart or, of low rank, together."""
+
+    def __init__(self, spec: Full, source: Shape, target: Shape):
+        super().__init__(source, target)
+        self.spec = spec
+        forms = {"kronecker": Kronecker, "low_rank": LowRank, "dense": Dense}
+        closed = spec.gate == "none"
+        self.maps = nn.ModuleDict(
+            {
+                str(layer): forms[spec.form](source, target, spec.rank, closed)
+                for layer in self.partners
+            }
+        )
+        self.gates = nn.ModuleDict()
+        if not closed:
+            size, hidden = target.head_dim, spec.projector_hidden_dim
+            self.gates.update(
+                {
+                    str(layer): nn.ModuleList(GateNet(size, hidden, 1) for _ in range(2))
+                    for layer in self.partners
+                }
+            )
+
+    def forward(self, layer: int, source: KeyValues, target: KeyValues, time: Tensor) -> KeyValues:
+        mapped = self.maps[str(layer)](*source)
+        if self.spec.gate == "none":
+            return target[0] + mapped[0], target[1] + mapped[1]
+        gates: Any = self.gates[str(layer)]
+        key, value = (
+            target[i] + gates[i](target[i], None, None) * (mapped[i] - target[i]) for i in (0, 1)
+        )
+        return key, value
+
+
+class Kronecker(nn.Module):
+    """Heads mixed by one matrix, channels by another. closed: the second starts at zero."""
+
+    def __init__(self, source: Shape, target: Shape, rank: int, closed: bool):
+        super().__init__()
+        heads, channels = (
+            torch.eye(target.heads, source.heads).repeat(2, 1, 1),
+            torch.eye(target.head_dim, source.head_dim).repeat(2, 1, 1),
+        )
+        self.heads = nn.Parameter(heads)
+        self.channels = nn.Parameter(channels * (not closed))
+
+    def forward(self, key: Tensor, value: Tensor) -> KeyValues:
+        mapped = [
+            torch.einsum("gh,bnhd,ed->bnge", self.heads[i].to(x), x, self.channels[i].to(x))
+            for i, x in enumerate((key, value))
+        ]
+        return mapped[0], mapped[1]
+
+
+class LowRank(nn.Module):
+    """Keys and values together -> `rank` numbers -> both again. closed: the way out is zero."""
+
+    def __init__(self, source: Shape, target: Shape, rank: int, closed: bool):
+        super().__init__()
+        self.size = (target.heads, target.head_dim)
+        self.down = nn.Linear(2 * source.width, rank, bias=False)
+        self.up = nn.Linear(rank, 2 * target.width, bias=False)
+        if closed:
+            nn.init.zeros_(self.up.weight)
+
+    def forward(self, key: Tensor, value: Tensor) -> KeyValues:
+        both = self.up(self.down(torch.cat([key.flatten(2), value.flatten(2)], -1)))
+        mapped = [x.unflatten(2, self.size) for x in both.chunk(2, -1)]
+        return mapped[0], mapped[1]
+
+
+class Dense(nn.Module):
+    """One matrix over all heads and channels, for keys and for values."""
+
+    def __init__(self, source: Shape, target: Shape, rank: int, closed: bool):
+        super().__init__()
+        self.size = (target.heads, target.head_dim)
+        start = torch.eye(target.width, source.width).repeat(2, 1, 1) * (not closed)
+        self.weight = nn.Parameter(start)
+
+    def forward(self, key: Tensor, value: Tensor) -> KeyValues:
+        mapped = [
+            (x.flatten(2) @ self.weight[i].to(x).mT).unflatten(2, self.size)
+            for i, x in enumerate((key, value))
+        ]
+        return mapped[0], mapped[1]
+
+
+class ConcatNet(Net):
+    """C2C's fuser with a soft scalar gate, for keys and values apart, per layer."""
+
+    def __init__(self, spec: Full, source: Shape, target: Shape):
+        super().__init__(source, target)
+        width = spec.projector_hidden_dim
+        self.fusers = nn.ModuleDict(
+            {
+                str(layer): nn.ModuleList(Fuser(source, target, width) for _ in range(2))
+                for layer in self.partners
+            }
+        )
+
+    def one(self, layer: int, which: int, source: Tensor, target: Tensor, time: Tensor) -> Tensor:
+        return target + self.fusers[str(layer)][which](source, target)  # type: ignore[index]
+
+
+class Fuser(nn.Module):
+    """[s; t] -> residual [B, N, H, D]: gate * weight per token and head * projection, zero at the
+    start.
+    """
+
+    def __init__(self, source: Shape, target: Shape, width: int):
+        super().__init__()
+        self.heads = target.heads
+        self.into = nn.Linear(source.width + target.width, width)
+        self.fusion, self.weighing, self.projecting = (FeedForward(width) for _ in range(3))
+        self.weight, self.projection = (
+            nn.Linear(width, target.heads),
+            nn.Linear(width, target.width),
+        )
+        self.gate = nn.Parameter(torch.ones(()))
+        nn.init.zeros_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        hidden = self.fusion(self.into(torch.cat([source.flatten(2), target.flatten(2)], -1)))
+        weight = torch.sigmoid(self.weight(self.weighing(hidden)))[..., None]
+        projection = self.projection(self.projecting(hidden)).unflatten(2, (self.heads, -1))
+        return self.gate * weight * projection
+
+
+class FeedForward(nn.Module):
+    """x + Linear(GELU(Linear(RMSNorm(x)))), without biases."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.into, self.out = (nn.Linear(width, width, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(F.gelu(self.into(self.norm(x))))

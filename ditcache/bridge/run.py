@@ -1,0 +1,307 @@
+"""A bridge at work: while one target denoises, its blocks read what its sources make of the same
+noisy latents.
+
+Attached for one generation, on the target alone: nothing is left behind on the source. The source
+runs only when a fused block of the target asks, so that a step on which a step cache skips them
+costs no source forward. Letters: B batch, N tokens, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditcache.bridge.capture import Seen, capture, ends, fuse, fusing
+from ditcache.bridge.fusion import Fusion
+from ditcache.bridge.nets import KeyValues, Net
+from ditcache.errors import DitcacheError
+from ditcache.models.attention import Rotary, SelfAttention, rotated
+from ditcache.store.base import Key, Store
+
+GENERATIONS = itertools.count(1_000_000)  # apart from the step cache's, which may share the store
+
+
+@dataclass
+class Source:
+    """One source of a run. texts: branch -> [1, 512, D], in its transformer's dtype; image: its own
+    embedding of the picture.
+    """
+
+    transformer: nn.Module
+    net: Net
+    texts: Mapping[str, Tensor]
+    image: Tensor | None = None
+
+
+class Bridge:
+    """One target's sources during one generation.
+
+    asked: (step, source, branch) of every source forward, in order. recomputed: source forwards
+    that only replaced what a store had lost. seconds: spent in `source` and `projector`, where the
+    device is a CPU.
+    """
+
+    def __init__(
+        self, target: nn.Module, sources: Mapping[str, Source], fusion: Fusion, store: Store
+    ):
+        self.target, self.sources, self.fusion, self.store = target, dict(sources), fusion, store
+        self.generation = next(GENERATIONS)
+        self.asked: list[tuple[int, str, str]] = []
+        self.recomputed = 0
+        self.seconds = {"source": 0.0, "projector": 0.0}
+        self.readers: dict[tuple[str, str], Reader] = {}
+        self.call: Call | None = None
+        self.step, self.sigma = -1, 2.0
+        self.asking = False
+
+    @contextmanager
+    def attached(self, texts: Mapping[str, Tensor]) -> Iterator[Bridge]:
+        """Within, the target is bridged. texts: what it reads in each branch, by which its forwards
+        are told apart. Puts the target back as it was, also after an exception.
+        """
+        for name, source in self.sources.items():
+            missing = sorted(set(texts) - set(source.texts))
+            if missing:
+                raise DitcacheError(f"bridge: source {name} has no text for branch {missing[0]}")
+        self.store.open()
+        handles = [
+            self.target.register_forward_pre_hook(
+                lambda module, args, kwargs: self.begin(texts, args, kwargs), with_kwargs=True
+            )
+        ]
+        try:
+            with fusing(self.target, self.fused):
+                yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.readers.clear()
+            self.store.drop(self.generation)
+
+    @property
+    def forwards(self) -> int:
+        """Source forwards so far."""
+        return len(self.asked) + self.recomputed
+
+    def begin(self, texts: Mapping[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> None:
+        """A forward of the target starts."""
+        if self.asking:  # the source is the target itself
+            return
+        names = ("hidden_states", "timestep", "encoder_hidden_states")
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        latents, timestep, text = (inputs[name] for name in names)
+        branch = next((name for name, own in texts.items() if own is text), None)
+        if branch is None:
+            raise DitcacheError(
+                "bridge: this forward reads a text that is neither branch's; give `attached` the "
+                "very tensors that the transformer is called with"
+            )
+        if timestep.dim() != 1:
+            raise DitcacheError("bridge: models with a timestep per token are not supported")
+        sigma = float(timestep[0]) / 1000
+        if sigma != self.sigma:
+            self.step, self.sigma = self.step + 1, sigma
+        branches = {"both": branch, "cond": "cond" if branch == "cond" else None}
+        reads = branches.get(self.fusion.branches, "cond")
+        acts = reads is not None and self.fusion.acts_at(sigma)
+        seen = Seen(latents, timestep, text)
+        self.call = Call(self.step, sigma, branch, reads or branch, seen) if acts else None
+
+    @torch.no_grad()
+    def fused(self, layer: int, own: KeyValues) -> KeyValues:
+        """What block `layer` of the target attends to."""
+        call, limit = self.call, self.fusion.layers
+        if self.asking or call is None or not (limit is None or layer < limit):
+            return own
+        said = {
+            name: (source.net, self.read(name, source.net.partners[layer], call))
+            for name, source in self.sources.items()
+            if layer in source.net.partners
+        }
+        started = time.perf_counter()
+        mixed = fuse(self.fusion, layer, own, said, call.seen.sigma, call.seen.latents.shape[2])
+        self.seconds["projector"] += time.perf_counter() - started
+        return mixed
+
+    def read(self, name: str, layer: int, call: Call) -> KeyValues | None:
+        """A source's keys and values at one of its layers; asks it first where that is due."""
+        reader = self.reader(name, call.reads)
+        if name not in call.checked:
+            call.checked.add(name)
+            changed = reader.seen is not None and reader.shape != call.seen.latents.shape
+            due = changed or self.fusion.is_due(call.step, call.sigma, reader.last)
+            if due and call.branch == call.reads:
+                reader.shape = call.seen.latents.shape
+                reader.last = (call.step, call.sigma)
+                reader.refresh(self.seen_by(self.sources[name], call))
+                self.asked.append((call.step, name, call.branch))
+            elif changed:
+                reader.forget()
+        if reader.seen is None:
+            return None
+        started = time.perf_counter()
+        self.asking = True
+        try:
+            return reader.get(layer)
+        finally:
+            self.asking = False
+            self.seconds["source"] += time.perf_counter() - started
+
+    def reader(self, name: str, branch: str) -> Reader:
+        key = (name, branch)
+        if key not in self.readers:
+            cls = {"stream": StreamReader, "store": StoreReader}[self.fusion.driver]
+            net, limit = self.sources[name].net, self.fusion.layers
+            wanted = [s for t, s in net.partners.items() if limit is None or t < limit]
+            self.readers[key] = cls(self, key, self.sources[name].transformer, wanted)
+        return self.readers[key]
+
+    def seen_by(self, source: Source, call: Call) -> Seen:
+        """The call's inputs, with the source's own reading of caption and picture."""
+        dtype = next(source.transformer.parameters()).dtype
+        latents = call.seen.latents.to(dtype)
+        if ends(self.fusion) and latents.shape[2] > 2:
+            latents = latents[:, :, [0, -1]]
+        return Seen(latents, call.seen.timestep, source.texts[call.reads], source.image)
+
+
+@dataclass
+class Call:
+    """One forward of the target. reads: the branch whose source it reads. checked: sources that
+    have been asked in it if that was due.
+    """
+
+    step: int
+    sigma: float
+    branch: str
+    reads: str
+    seen: Seen
+    checked: set[str] = field(default_factory=set)
+
+
+class Reader:
+    """One source in one branch: keys and values from when it was last asked.
+
+    last: step and sigma of that. seen: what it was asked, from which anything lost is made again.
+    """
+
+    def __init__(self, bridge: Bridge, key: tuple[str, str], source: nn.Module, wanted: list[int]):
+        self.bridge, self.key, self.source, self.wanted = bridge, key, source, wanted
+        self.last: tuple[int, float] | None = None
+        self.seen: Seen | None = None
+        self.shape: torch.Size | None = None
+
+    def refresh(self, seen: Seen) -> None:
+        """The source is to look at this from now on."""
+        self.seen = replace(seen, latents=seen.latents.clone())
+
+    def forget(self) -> None:
+        self.seen = self.last = None
+
+    def get(self, layer: int) -> KeyValues:
+        raise NotImplementedError
+
+
+class StreamReader(Reader):
+    """Runs the source's blocks one by one, each when the target gets there. Keeps a layer only if a
+    later step may read it again.
+    """
+
+    def refresh(self, seen: Seen) -> None:
+        super().refresh(seen)
+        assert self.seen is not None
+        self.kept: dict[int, KeyValues] = {}
+        self.walk = walk(self.source, self.seen)
+
+    def forget(self) -> None:
+        super().forget()
+        self.kept = {}
+
+    def get(self, layer: int) -> KeyValues:
+        while layer not in self.kept:
+            index, keys_values = next(self.walk)
+            if index in self.wanted:
+                self.kept[index] = keys_values
+        reused = self.bridge.fusion.refresh_every != 1 or self.bridge.fusion.branches != "both"
+        return self.kept[layer] if reused else self.kept.pop(layer)
+
+
+class StoreReader(Reader):
+    """Runs the source's whole forward and keeps what it needs of it in the run's store. What the
+    store has lost is computed again from the same inputs.
+    """
+
+    def refresh(self, seen: Seen) -> None:
+        super().refresh(seen)
+        self.bridge.store.drop(*self.prefix)
+        self.pending = True
+
+    @property
+    def prefix(self) -> tuple[int, str, str]:
+        return (self.bridge.generation, *self.key)
+
+    def get(self, layer: int) -> KeyValues:
+        store = self.bridge.store
+        if self.pending:
+            self.pending = False
+            return self.compute(layer)
+        ahead = [x for x in self.wanted if x >= layer]
+        store.prefetch(Key(*self.prefix, x, slot) for x in ahead for slot in ("key", "value"))
+        key, value = (store.get(Key(*self.prefix, layer, slot)) for slot in ("key", "value"))
+        if key is None or value is None:
+            self.bridge.recomputed += 1
+            return self.compute(layer)
+        return key, value
+
+    def compute(self, layer: int) -> KeyValues:
+        assert self.seen is not None
+        _, found = capture(self.source, self.seen)
+        for index in self.wanted:
+            for slot, tensor in zip(("key", "value"), found[index], strict=True):
+                self.bridge.store.put(Key(*self.prefix, index, slot), tensor)
+        return found[layer]
+
+
+@torch.no_grad()
+def walk(transformer: Any, seen: Seen) -> Iterator[tuple[int, KeyValues]]:
+    """(block, its keys and values) one after the other: the transformer's forward as far as it is
+    asked for. Bit for bit what `capture` finds.
+    """
+    rotary = transformer.rope(seen.latents)
+    hidden = transformer.patch_embedding(seen.latents).flatten(2).transpose(1, 2).contiguous()
+    _, modulation, text, image = transformer.condition_embedder(
+        seen.timestep, seen.text, seen.image, timestep_seq_len=None
+    )
+    modulation = modulation.unflatten(1, (6, -1))
+    if image is not None:
+        text = torch.cat([image, text], 1)
+    for index, block in enumerate(transformer.blocks):
+        hidden, keys_values = open_block(block, hidden, text, modulation, rotary)
+        yield index, keys_values
+
+
+@torch.no_grad()
+def open_block(
+    block: Any, hidden: Tensor, text: Tensor, modulation: Tensor, rotary: Rotary
+) -> tuple[Tensor, KeyValues]:
+    """One block's output, and its keys and values; its processor is back in place afterwards."""
+    found: list[KeyValues] = []
+
+    def look(key: Tensor, value: Tensor, rotary: Rotary) -> KeyValues:
+        found.append((key, value))
+        return rotated(key, value, rotary)
+
+    before = block.attn1.processor
+    try:
+        block.attn1.set_processor(SelfAttention(look))
+        hidden = block(hidden, text, modulation, rotary)
+    finally:
+        block.attn1.set_processor(before)
+    return hidden, found[0]
