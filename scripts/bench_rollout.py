@@ -15,6 +15,7 @@ have other work.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -168,14 +169,14 @@ class Concatenating:
 
 @torch.no_grad()
 def layout(bundle, args) -> dict:
-    """Handling alone, five forwards a chunk, in the shape of a 1.3B model at a quarter of its
-    tokens.
+    """Handling alone, five forwards a chunk, in CPU time, in the shape of four blocks of a 1.3B
+    model at a quarter of its tokens.
     """
     blocks, unit, heads, size = 4, 390, 12, 128
     new = [torch.randn(1, 3 * unit, heads, size) for _ in range(2)]
 
     def handle(cache, ring: bool) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(8):
             for again in range(5):
                 if ring:
@@ -184,7 +185,7 @@ def layout(bundle, args) -> dict:
                     cache.overwrite = bool(again)
                 for block in range(blocks):
                     cache.update(block, *new)
-        return (time.perf_counter() - start) / 8
+        return (time.process_time() - start) / 8
 
     print("| window, sink | ring | concatenation | ratio |")
     print("|---|---|---|---|")
@@ -223,30 +224,58 @@ def flat(bundle, args) -> dict:
     steps = tuple(warped(model.timesteps, model.shift))
     recipe = Recipe((model.chunk,) * count, steps, kv=kv)
     text = {0: encode_text(bundle, PROMPT, negative_prompt="", guidance=1.0)}
-    decoder, rows = StreamDecoder(bundle), []
+    decoder, rows, yardstick = StreamDecoder(bundle), [], Yardstick(bundle)
     watch = Stopwatch()
     for chunk in rollout(bundle, recipe, text, height=model.height, width=model.width):
         decoder.decode(chunk.latents)
-        rows.append((*watch.lap(), resident(), chunk.kv_bytes))
-    wall, cpu, memory, kv_bytes = (list(column) for column in zip(*rows, strict=True))
-    wall[-1], cpu[-1] = wall[-2], cpu[-2]  # no clean pass after the last chunk
-    drift = {
-        name: median(times[-50:]) / median(times[20:70]) - 1
-        for name, times in (("wall", wall), ("cpu", cpu))
+        own = watch.lap()
+        yardstick.forward()
+        rows.append((*own, *watch.lap(), resident(), chunk.kv_bytes))
+    rows = rows[:-1]  # the last chunk has no clean pass
+    wall, cpu, wall_of_one, cpu_of_one, memory, kv_bytes = (
+        list(column) for column in zip(*rows, strict=True)
+    )
+    series = {
+        "wall": wall,
+        "cpu": cpu,
+        "wall over yardstick": [a / b for a, b in zip(wall, wall_of_one, strict=True)],
+        "cpu over yardstick": [a / b for a, b in zip(cpu, cpu_of_one, strict=True)],
+        "process memory": memory,
     }
     full = -(-args.window // model.chunk)
-    grown = max(memory[20:]) - memory[20]
+    least, most = (f(kv_bytes[full:]) / 2**20 for f in (min, max))
     print(f"{count} chunks, window {args.window}, sink {args.sink}, {positions} positions")
-    least, most = min(kv_bytes[full:]) / 2**20, max(kv_bytes[full:]) / 2**20
     print(f"keys and values: {least:.2f} to {most:.2f} MiB")
-    mib = 2**20
-    print(f"process: {memory[20] / mib:.1f} MiB after chunk 20, {grown / mib:+.1f} later")
-    for name, times in (("wall", wall), ("cpu", cpu)):
-        print(f"{name}: median of chunks 20-70 {1e3 * median(times[20:70]):.0f} ms, of the last 50 "
-              f"{1e3 * median(times[-50:]):.0f} ms: {100 * drift[name]:+.1f} %")  # fmt: skip
+    print("| per chunk | median of chunks 20-70 | of the last 50 | drift |")
+    print("|---|---|---|---|")
+    result: dict = {"kv_bytes": kv_bytes, "series": series, "drift": {}}
+    for name, values in series.items():
+        early, late = median(values[20:70]), median(values[-50:])
+        result["drift"][name] = late / early - 1
+        unit, scale = ("MiB", 2**-20) if "memory" in name else ("ms", 1e3)
+        if "over" in name:
+            unit, scale = "x", 1.0
+        cells = f"{scale * early:.4g} {unit} | {scale * late:.4g} {unit}"
+        print(f"| {name} | {cells} | {100 * (late / early - 1):+.1f} % |")
     if args.pictures:
         draw_flat(wall, cpu, memory, args.pictures / "rollout-flat.png")
-    return {"wall_s": wall, "cpu_s": cpu, "memory": memory, "kv_bytes": kv_bytes, "drift": drift}
+    return result
+
+
+class Yardstick:
+    """The same forward again and again, beside each chunk: tells a slower machine from a slower
+    rollout.
+    """
+
+    def __init__(self, bundle):
+        self.transformer = copy.deepcopy(bundle.pipe.transformer)
+        self.latents = torch.zeros(1, 16, bundle.model.chunk, 8, 8)
+        self.text = torch.zeros(1, 512, self.transformer.config.text_dim)
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        for _ in range(2):
+            self.transformer(self.latents, torch.tensor([0.0]), self.text, return_dict=False)
 
 
 def draw_speed(per_chunk: list[list[float]], path: Path) -> None:
