@@ -119,6 +119,9 @@ def quoted_override(argument: str) -> str:
         return argument
     if key in TEXT_KEYS:
         return f"{key}={quote(strip_quotes(value))}"
+    if key == "bridge.path" and value.startswith("["):  # several files
+        files = (quote(strip_quotes(file.strip())) for file in value.strip("[]").split(","))
+        return f"{key}=[{','.join(files)}]"
     if key in PATH_KEYS and SPECIAL.search(value) and not is_quoted(value):
         return f"{key}={quote(value)}"
     return argument

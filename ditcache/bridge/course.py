@@ -154,7 +154,7 @@ class Course:
         parts = {
             key: repr(getattr(s, key))
             for key in vars(s)
-            if key not in ("resume", "seeds", "save_every", "max_harm")
+            if key not in ("resume", "seeds", "save_every", "max_harm", "videos")
         }
         parts |= {side: fingerprint(x) for side, x in self.transformers.items()} | {"run": name}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
