@@ -26,7 +26,7 @@ gate: setup  ## the same as a gate: exit code 1 if quality or speed is missed
 	$(BIN)/ditcache ab-test cache=taylorseer gate.min_psnr=38 gate.min_worst_psnr=30 gate.min_ssim=0.99 gate.min_speedup=1.2
 
 test: setup  ## the test suite (CPU, a few minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: setup  ## lint, format and types
 	$(BIN)/ruff check .
