@@ -88,9 +88,11 @@ def calibration_yaml(
     plans: dict[int, Plan],
 ) -> str:
     size = f"{settings.num_frames}x{settings.height}x{settings.width}"
+    refined = f" refine=[{','.join(map(str, settings.refine))}]" if settings.refine else ""
     lines = [
         f"# Measured on {model}.  ditcache generate model={model} cache=planned",
-        f"source: ditcache calibrate model={model}, {len(runs)} prompts, seed {settings.seed}, "
+        f"source: ditcache calibrate model={model}{refined}, {len(runs)} prompts, "
+        f"seed {settings.seed}, "
         f"{settings.steps} steps, guidance {settings.guidance}, shift {settings.shift}, {size}",
         f"model: {model}",
     ]
