@@ -98,6 +98,9 @@ def helps(runs: Sequence[Losses], max_harm: float) -> Verdict:
             harm = bridged / alone - 1
             line += f", at home {harm:+.1%} (at most {max_harm:+.1%})"
             fine = fine and harm <= max_harm
+        if len(run.composite) > 1:
+            pairs = ([losses[i] for i in run.composite] for losses in (run.bridge, run.target))
+            line += f", composite {paired(*pairs)}"
         lines.append(line)
         won.append(fine)
     return Verdict("P2", "better on the mix, harmless at home", every(won), tuple(lines))
