@@ -71,6 +71,7 @@ def joins(bundle: Bundle, out: Path | None) -> None:
                 strips.append((name, [("", frames[8::2][:22])]))
         print(f"| {overlap} | {' | '.join(row)} |", flush=True)
     if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
         write_png(out / "long-video.png", contact_sheet(strips, 1))
 
 
