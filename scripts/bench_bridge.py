@@ -27,6 +27,7 @@ from ditcache.bridge.nets import Net
 from ditcache.bridge.pair import Draw, Pair
 from ditcache.bridge.projectors.base import Shape
 from ditcache.bridge.projectors.gating import Gating
+from ditcache.bridge.projectors.weighted import Weighted
 from ditcache.bridge.run import Bridge, Source
 from ditcache.bridge.saved import load_net, locate, read_header
 from ditcache.store.device import DeviceStore
@@ -157,28 +158,27 @@ def at_width(tokens: int) -> None:
 
     shape = Shape(layers=40, heads=40, head_dim=128)
     block = WanTransformerBlock(shape.width, 13824, shape.heads, cross_attn_norm=True).eval()
-    net = Gating().make(shape, shape)
+    nets = {"gating": Gating().make(shape, shape), "weighted": Weighted().make(shape, shape)}
     hidden, text = torch.randn(1, tokens, shape.width), torch.randn(1, 512, shape.width)
     modulation = torch.randn(1, 6, shape.width)
     rotary = (torch.ones(1, tokens, 1, 128), torch.zeros(1, tokens, 1, 128))
     keys_values = [torch.randn(1, tokens, shape.heads, shape.head_dim) for _ in range(4)]
     two, one = tuple(keys_values[:2]), tuple(keys_values[2:])
-    works = {
-        "block": lambda: block(hidden, text, modulation, rotary),
-        "fusion": lambda: net(20, two, one, torch.tensor([0.5])),
-    }
-    taken: dict[str, list[float]] = {name: [] for name in works}
+    taken: dict[str, list[float]] = {name: [] for name in ("block", *nets)}
     for _ in range(3):
-        for name, work in works.items():
+        started = time.process_time()
+        block(hidden, text, modulation, rotary)
+        taken["block"].append(time.process_time() - started)
+        for name, net in nets.items():
             started = time.process_time()
-            work()
+            net(20, two, one, torch.tensor([0.5]))
             taken[name].append(time.process_time() - started)
-    block_s, fusion_s = (float(np.median(taken[name])) for name in works)
-    share = fusion_s / (2 * block_s + fusion_s)
-    print(
-        f"{net.num_parameters:,} parameters beside blocks of 40 x 128, {tokens} tokens: block "
-        f"{block_s:.2f} s, fusion {fusion_s:.3f} s of CPU; projector {share:.2%} of a bridged step"
-    )
+    seconds = {name: float(np.median(found)) for name, found in taken.items()}
+    print(f"blocks of 40 x 128, {tokens} tokens: {seconds['block']:.2f} s of CPU each")
+    for name, net in nets.items():
+        share = seconds[name] / (2 * seconds["block"] + seconds[name])
+        count = f"{net.num_parameters:,} parameters"
+        print(f"{name}, {count}: {seconds[name]:.3f} s, {share:.2%} of a bridged step")
 
 
 if __name__ == "__main__":

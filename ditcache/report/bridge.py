@@ -113,8 +113,9 @@ def write_bridge_report(
     )
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(cells) + " |" for cells in body]
-    lines += ["", *(f"- **{v.name} {v.word}**: {v.question}" for v in verdicts)]
-    lines += [f"  - {line}" for v in verdicts for line in v.lines]
+    lines.append("")
+    for v in verdicts:
+        lines += [f"- **{v.name} {v.word}**: {v.question}", *(f"  - {line}" for line in v.lines)]
     write_text(folder / f"evaluation-{target}.md", "\n".join(lines) + "\n")
     table = Table(title=f"held-out flow loss into {target}, lower is better")
     for index, name in enumerate(head):
