@@ -10,10 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import pytest
 import torch
 
-# Two workers with a thread each get through the suite faster than one worker with two threads.
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, 2 // WORKERS)))  # also of processes tests start
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(scope="session")
