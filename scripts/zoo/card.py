@@ -62,7 +62,7 @@ def score_row(name: str, row: dict) -> str:
     return f"| {name} | {cells} |"
 
 
-def sample_picture(scenes: list[world.Scene], videos: np.ndarray, count: int = 12) -> np.ndarray:
+def sample_picture(scenes: list[world.Scene], videos: np.ndarray, count: int = 4) -> np.ndarray:
     """Generated videos with their captions, five frames each, two columns."""
     from ditcache.report.pictures import captioned
     from ditcache.video import to_uint8
@@ -79,6 +79,6 @@ def sample_picture(scenes: list[world.Scene], videos: np.ndarray, count: int = 1
 
 
 def save_picture(pixels: np.ndarray, path: Path) -> None:
-    """uint8 [H, W, 3] -> PNG of 128 colours, a quarter of the bytes: it ships in the package."""
+    """uint8 [H, W, 3] -> PNG of 64 colours, a fifth of the bytes: it ships in the package."""
     picture = Image.fromarray(pixels)
-    picture.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
