@@ -28,9 +28,9 @@ gate: setup  ## the same as a gate: exit code 1 if quality or speed is missed
 # Two halves side by side, a thread each: models this small gain nothing from a second thread.
 test: export OMP_NUM_THREADS = 1
 test: setup  ## the test suite (CPU, ten minutes)
-	@$(BIN)/python -m pytest tests/cache > $(VENV)/test-cache.log 2>&1 & half=$$!; \
-	$(BIN)/python -m pytest --ignore tests/cache; others=$$?; \
-	wait $$half; cache=$$?; echo "tests/cache:"; cat $(VENV)/test-cache.log; \
+	@$(BIN)/python -m pytest tests/cache tests/bridge > $(VENV)/test-cache.log 2>&1 & half=$$!; \
+	$(BIN)/python -m pytest --ignore tests/cache --ignore tests/bridge; others=$$?; \
+	wait $$half; cache=$$?; echo "tests/cache, tests/bridge:"; cat $(VENV)/test-cache.log; \
 	[ $$others = 0 ] && [ $$cache = 0 ]
 
 check: setup  ## lint, format and types
