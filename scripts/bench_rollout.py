@@ -323,6 +323,8 @@ def main() -> None:
     parser.add_argument("--sink", type=int, default=0)
     parser.add_argument("--pictures", type=Path, default=None, help="folder for pictures")
     args = parser.parse_args()
+    if args.pictures:
+        args.pictures.mkdir(parents=True, exist_ok=True)
     bundle = ditcache.load("tiny_causal", **({"path": args.path} if args.path else {}))
     parts = {"speed": speed, "layout": layout, "flat": flat}
     unknown = set(args.parts) - set(parts)
