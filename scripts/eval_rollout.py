@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import train_causal
-from rich.console import Console
+from eval_siblings import Results, show, table_of
 from rich.progress import track
-from rich.table import Table
 
 import ditcache
 from ditcache.clips import world
@@ -29,7 +28,6 @@ from zoo import card, causal, drift, members
 
 MEMBER = "wan-causal-tiny"
 SWITCHED = 4  # chunk at which the caption changes
-Results = dict[str, dict[str, str]]  # row -> column -> what the table shows
 
 
 def main() -> None:
@@ -52,9 +50,9 @@ def main() -> None:
     kv = KVSettings(window=arguments.window, sink=arguments.sink)
 
     results, videos = follow_captions(bundle, scenes, arguments.chunks, kv, arguments.seed)
-    show(f"{arguments.captions} captions", "chunk", results)
+    show(f"{arguments.captions} captions", results, "chunk")
     switch = follow_switches(bundle, scenes, arguments.chunks, kv, arguments.seed)
-    show(f"another colour from chunk {SWITCHED} on", "chunk", switch)
+    show(f"another colour from chunk {SWITCHED} on", switch, "chunk")
     if arguments.write_card:
         folder = members.ZOO / MEMBER
         short = [video[:: len(video) // 4] for video in videos[:12]]
@@ -169,16 +167,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def show(title: str, first: str, results: Results) -> None:
-    table = Table(title=title)
-    table.add_column(first)
-    for column in next(iter(results.values())):
-        table.add_column(column, justify="right")
-    for name, row in results.items():
-        table.add_row(name, *row.values())
-    Console().print(table)
-
-
 def make_card(arguments: argparse.Namespace, results: Results, switch: Results) -> str:
     """CARD.md, with every figure from the evaluation and the training logs."""
     folder = members.ZOO / MEMBER
@@ -206,19 +194,11 @@ def make_card(arguments: argparse.Namespace, results: Results, switch: Results) 
             chunks=arguments.chunks,
             times=f"{arguments.chunks * causal.CHUNK / causal.TRAINED:g}",
             window=arguments.window,
-            results=table_of("chunk", results),
+            results=table_of(results, "chunk"),
             switched=SWITCHED,
-            switch=table_of("chunk", switch),
+            switch=table_of(switch, "chunk"),
         )
     )
-
-
-def table_of(first: str, results: Results) -> str:
-    """Markdown."""
-    columns = list(next(iter(results.values())))
-    lines = [f"| {first} | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
-    lines += [f"| {name} | {' | '.join(row.values())} |" for name, row in results.items()]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

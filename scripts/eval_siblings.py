@@ -254,9 +254,10 @@ def flow_loss(
     return float(np.mean(losses))
 
 
-def show(member: str, results: Results) -> None:
-    table = Table(title=member)
-    table.add_column("")
+def show(title: str, results: Results, first: str = "") -> None:
+    """first: what the rows are."""
+    table = Table(title=title)
+    table.add_column(first)
     columns = list(next(iter(results.values())))
     for column in columns:
         table.add_column(column, justify="right")
@@ -290,10 +291,13 @@ def sibling_card(
     )
 
 
-def table_of(results: Results) -> str:
-    """Markdown."""
+def table_of(results: Results, first: str = "") -> str:
+    """Markdown. first: what the rows are."""
     columns = list(next(iter(results.values())))
-    lines = [f"| | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
+    lines = [
+        f"| {first}{' ' if first else ''}| {' | '.join(columns)} |",
+        "|" + "---|" * (len(columns) + 1),
+    ]
     lines += [
         f"| {name} | {' | '.join(row[column] for column in columns)} |"
         for name, row in results.items()

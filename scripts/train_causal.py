@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.progress import track
-from train_siblings import SEED, encoded, load_base, padded_lengths, tokens_of
+from train_siblings import SEED, encoded, fit, load_base, padded_lengths, tokens_of
 
 from zoo import causal, dit, members, siblings, text, training
-from zoo.optim import MatrixAdam, trapezoid
 
 CLIPS, BATCH = 6000, 12
 STEPS = {"causal": 2800, "rollout": 500}
@@ -88,12 +87,10 @@ def train(stage: str, folder: Path, steps: int) -> None:
         model.load_state_dict(start)
         ema.load_state_dict(start)
     batches = Batches(long_clips(folder, autoencoder))
-    attention = dit.set_attention(model.transformer, causal.CausalAttention())
-    own = dit.set_attention(ema.transformer, causal.CausalAttention())
+    attention = dit.set_attention(model.transformer, dit.TrainingAttention())
+    own = dit.set_attention(ema.transformer, dit.TrainingAttention())
     attention.hidden = causal.clean_then_noisy_mask(causal.TRAINED)
     model.transformer.rope = causal.Twice(model.transformer.rope)
-    for block in model.transformer.blocks:
-        block.compile()
 
     def loss_of(rng: np.random.Generator, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
         latents, tokens, second, counts = batches.draw(rng)
@@ -108,20 +105,8 @@ def train(stage: str, folder: Path, steps: int) -> None:
         loss = causal.causal_loss(model, attention, latents, context, states, bias, sigma, counts)
         return loss, {}
 
-    rates = {"causal": (1.5e-3, 7e-4), "rollout": (5e-4, 2.5e-4)}[stage]
-    learning = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    training.fit(
-        stage,
-        model,
-        MatrixAdam(learning, muon_lr=rates[0], adam_lr=rates[1], weight_decay=0.05),
-        loss_of,
-        steps=steps,
-        schedule=trapezoid,
-        folder=folder,
-        seed=SEED,
-        ema=ema,
-        save_every=250,
-    )
+    muon_lr, adam_lr = {"causal": (1.5e-3, 7e-4), "rollout": (5e-4, 2.5e-4)}[stage]
+    fit(stage, model, ema, loss_of, folder, steps, muon_lr=muon_lr, adam_lr=adam_lr)
 
 
 def main() -> None:

@@ -197,15 +197,18 @@ def fit(
     loss_of: Callable[..., tuple[torch.Tensor, dict[str, float]]],
     folder: Path,
     steps: int,
+    *,
+    muon_lr: float = 1e-3,
+    adam_lr: float = 5e-4,
 ) -> None:
-    """Gentler than wan-tiny's training: a third of its learning rates."""
+    """Gentler than wan-tiny's training: by default a third of its learning rates."""
     for block in model.transformer.blocks:
         block.compile()
     learning = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     training.fit(
         stage,
         model,
-        MatrixAdam(learning, muon_lr=1e-3, adam_lr=5e-4, weight_decay=0.05),
+        MatrixAdam(learning, muon_lr=muon_lr, adam_lr=adam_lr, weight_decay=0.05),
         loss_of,
         steps=steps,
         schedule=trapezoid,

@@ -21,6 +21,7 @@ from ditcache.bridge.samples import Caption, Samples, stacked, trimmed
 from ditcache.clips.edits import DOMAINS, REASONING_FRAMES, Clip, draw_clip
 from ditcache.errors import ConfigError
 from ditcache.models.base import Bundle
+from ditcache.pipeline.denoise import latent_statistics
 from ditcache.pipeline.text import MAX_TOKENS, encode_text
 
 SMALL = 128 * 128  # pixels of a frame
@@ -167,10 +168,7 @@ def encode_video(bundle: Bundle, video: Tensor) -> Tensor:
     video = video.to(bundle.device, vae.dtype)
     small = video[0, 0, 0].numel() <= SMALL
     latents = encode_small(vae, video) if small else vae.encode(video).latent_dist.mode()
-    mean, spread = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, spread = latent_statistics(vae, latents)
     return (latents - mean) / spread
 
 

@@ -158,6 +158,15 @@ def make_scheduler(scheduler: Any, shift: float | None) -> Any:
     return type(scheduler).from_config(scheduler.config, **settings)
 
 
+def latent_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [1, C, 1, 1, 1] of the VAE's latents, where and as `like` is."""
+    mean, spread = (
+        torch.tensor(values).view(1, -1, 1, 1, 1).to(like)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, spread
+
+
 @torch.no_grad()
 def decode_latents(bundle: Bundle, latents: Tensor) -> Any:
     """Clean latents -> float frames [T, H, W, 3] in 0..1 (numpy), as diffusers' pipelines return
@@ -165,10 +174,7 @@ def decode_latents(bundle: Bundle, latents: Tensor) -> Any:
     """
     vae = bundle.pipe.vae
     latents = latents.to(bundle.device, vae.dtype)
-    mean, spread = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, spread = latent_statistics(vae, latents)
     latents = latents / (1.0 / spread) + mean
     if getattr(bundle.model, "reasoning_steps", 0) and latents.shape[2] > 2:  # never dropped
         way, edit = (vae.decode(latents[:, :, i], return_dict=False)[0] for i in (WAY, ENDS))

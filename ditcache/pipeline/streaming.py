@@ -12,6 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 
 from ditcache.models.base import Bundle
+from ditcache.pipeline.denoise import latent_statistics
 
 
 class StreamDecoder:
@@ -25,11 +26,6 @@ class StreamDecoder:
         self.vae.clear_cache()
         self.features: list[Any] = [None] * len(self.vae._feat_map)
         self.started = False
-        mean, spread = self.vae.config.latents_mean, self.vae.config.latents_std
-        self.mean, self.spread = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(self.device, self.vae.dtype)
-            for values in (mean, spread)
-        )
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -42,7 +38,8 @@ class StreamDecoder:
         if hasattr(hook, "pre_forward"):
             hook.pre_forward(self.vae)
         latents = latents.to(self.device, self.vae.dtype)
-        latents = self.vae.post_quant_conv(latents / (1.0 / self.spread) + self.mean)
+        mean, spread = latent_statistics(self.vae, latents)
+        latents = self.vae.post_quant_conv(latents / (1.0 / spread) + mean)
         frames = [self.one(latents[:, :, i : i + 1]) for i in range(latents.shape[2])]
         video = torch.cat(frames, dim=2)
         return self.processor.postprocess_video(video, output_type="np")[0]
@@ -63,8 +60,5 @@ def encode_picture(bundle: Bundle, picture: Any, height: int, width: int) -> Ten
     pixels = bundle.pipe.video_processor.preprocess(picture, height=height, width=width)
     pixels = pixels.to(bundle.device, vae.dtype)[:, :, None]
     latents = vae.encode(pixels).latent_dist.mode()
-    mean, spread = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, spread = latent_statistics(vae, latents)
     return ((latents - mean) / spread).float()

@@ -90,30 +90,6 @@ def render_on(scenes: list[world.Scene], lengths: list[int]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-class CausalAttention(dit.TrainingAttention):
-    """As the base's, with a bias on self-attention too. `hidden` [N, N]; `bias` [B, 1, N, keys],
-    because a token sees the caption of its own chunk only.
-    """
-
-    hidden: Tensor | None = None
-
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states, attention_mask=None, rotary_emb=None
-    ):
-        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source))
-        query, key, value = (
-            x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
-            for x in (query, key, attn.to_v(source))
-        )
-        if rotary_emb is not None:
-            query, key = dit.rotate(query, rotary_emb), dit.rotate(key, rotary_emb)
-        scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
-        scores = scores + (self.hidden if encoder_hidden_states is None else self.bias)
-        mixed = scores.softmax(-1).to(value.dtype) @ value
-        return attn.to_out[0](mixed.transpose(1, 2).flatten(2, 3))
-
-
 class Twice(nn.Module):
     """Positions for a clip and, behind it, the same clip again."""
 
@@ -159,7 +135,7 @@ def caption_bias(tokens: Tensor, padded_to: Tensor, second: Tensor) -> Tensor:
 
 def causal_loss(
     model: dit.Denoiser,
-    attention: CausalAttention,
+    attention: dit.TrainingAttention,
     latents: Tensor,
     context: Tensor,
     states: Tensor,
@@ -194,7 +170,7 @@ def causal_loss(
 @torch.no_grad()
 def own_context(
     model: dit.Denoiser,
-    attention: CausalAttention,
+    attention: dit.TrainingAttention,
     latents: Tensor,
     states: Tensor,
     bias: Tensor,

@@ -44,10 +44,11 @@ class TrainingAttention:
     log K, [B, 1, 1, L + 1]: `WanPipeline` pads prompts with zero embeddings and attends to all of
     them; equal keys share one softmax weight, so this is the same function at a tenth of the cost.
     Products are written out because the fused CPU kernel's backward takes most of a step at these
-    sizes.
+    sizes. Self-attention sees everything, or what `hidden` [N, N], additive, leaves it.
     """
 
     bias: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
     def __call__(
         self, attn, hidden_states, encoder_hidden_states, attention_mask=None, rotary_emb=None
@@ -61,8 +62,9 @@ class TrainingAttention:
         if rotary_emb is not None:
             query, key = rotate(query, rotary_emb), rotate(key, rotary_emb)
         scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
-        if encoder_hidden_states is not None:
-            scores = scores + self.bias
+        bias = self.hidden if encoder_hidden_states is None else self.bias
+        if bias is not None:
+            scores = scores + bias
         mixed = scores.softmax(-1).to(value.dtype) @ value
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2, 3))
 
