@@ -6,6 +6,7 @@ interrupted run goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -17,6 +18,9 @@ import numpy as np
 from ditcache.ab.results import Result, digest, plain
 from ditcache.ab.runs import FLOOR, Made, Runner
 from ditcache.ab.settings import AbTestSettings, Case
+from ditcache.bridge.generate import SHUFFLED
+from ditcache.cache.settings import CacheSettings
+from ditcache.clips.captions import obeyed
 from ditcache.metrics.measure import measure
 from ditcache.report.run_folder import write_json
 from ditcache.video import write_mp4
@@ -37,7 +41,10 @@ def entry_of(folder: Path, runner: Runner, case: Case) -> dict[str, Any]:
         "made_of": made_of,
         "prompt": case.prompt,
         "seed": case.seed,
-        "arms": {name: facts(result) for name, (result, _) in arms.items()},
+        "arms": {
+            name: {**facts(result), "obeyed": obeyed_of(runner, case, frames)}
+            for name, (result, frames) in arms.items()
+        },
         "quality": {name: quality(arms["a"], arms[name], settings) for name in arms if name != "a"},
         "files": {name: f"{name}-{case.index:03d}.mp4" for name in ("a", "b")},
     }
@@ -58,6 +65,7 @@ def fingerprint_of(runner: Runner, case: Case) -> str:
             **runner.key(case, s.steps, 0.0),
             "a": plain(s.a),
             "b": plain(s.candidate),
+            "bridge": bridge_of(s),
             "store": plain(s.store),
             "metrics": plain(s.metrics),
             "controls": case.index < s.controls,
@@ -88,14 +96,32 @@ def render(runner: Runner, case: Case) -> dict[str, Made]:
     """a and b in turns, another one first for every case, then the controls."""
     s = runner.settings
     caches = {"a": s.a, "b": s.candidate}
+    bridged = {"a": False, "b": s.bridge is not None}
     order = ("a", "b") if case.index % 2 == 0 else ("b", "a")
-    arms = {name: runner.arm(case, caches[name]) for name in order}
+    arms = {name: runner.arm(case, caches[name], bridged=bridged[name]) for name in order}
     if case.index < s.controls:
         result = arms["b"][0]
         fewer = max(1, round(s.steps * result.blocks / result.blocks_total))
         arms["fewer_steps"] = runner.uncached(case, steps=fewer)
         arms["noise_floor"] = runner.uncached(case, moved=FLOOR)
+        for name in runner.bridge_controls:
+            if name != SHUFFLED or case.other is not None:
+                arms[name] = runner.rendered(case, CacheSettings(), arm=name)
     return arms
+
+
+def bridge_of(settings: AbTestSettings) -> Any:
+    """Everything a bridge's video depends on."""
+    if settings.bridge is None:
+        return None
+    files = [wire.path for wire in settings.bridge.wires if wire.path is not None]
+    return [plain(settings.bridge), [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]]
+
+
+def obeyed_of(runner: Runner, case: Case, frames: np.ndarray) -> bool | None:
+    """Whether the video shows what its caption asks for; can be told of embedded models."""
+    embedded = runner.bundle.model.path.startswith("zoo:")
+    return obeyed(case.prompt, frames) if embedded else None
 
 
 def facts(result: Result) -> dict[str, Any]:

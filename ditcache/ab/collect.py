@@ -22,6 +22,7 @@ from ditcache.report.run_folder import finite, versions
 
 METRICS = ("psnr", "ssim", "temporal", "flicker", "latent", "lpips", "vmaf")
 NAMES = {"fewer_steps": "fewer steps", "noise_floor": "noise floor"}
+KINDS = ("a", "b", *NAMES)
 PARTS = ("text", "denoise", "decode", "write")
 Entries = Sequence[dict[str, Any]]
 
@@ -36,8 +37,9 @@ def report_of(
 ) -> dict[str, Any]:
     """names: the options chosen for `model`, `a` and `b`."""
     labels = {"a": names["a"], "b": names["b"], **NAMES}
-    kinds = ["a", "b", "fewer_steps", "noise_floor"]
-    rows = [row_of(kind, labels[kind], entries) for kind in kinds]
+    known = dict.fromkeys(arm for entry in entries for arm in entry["arms"])
+    arms = ["a", "b", *(arm for arm in known if arm not in labels), *NAMES]
+    rows = [row_of(arm, labels.get(arm, arm), entries) for arm in arms]
     return {
         "schema": 1,
         "title": f"{names['b']} against {names['a']} on {names['model']}",
@@ -68,43 +70,51 @@ def report_of(
     }
 
 
-def row_of(kind: str, name: str, entries: Entries) -> dict[str, Any]:
+def row_of(arm: str, name: str, entries: Entries) -> dict[str, Any]:
     """One arm over its cases."""
-    own = [entry for entry in entries if kind in entry["arms"]]
-    arms = [entry["arms"][kind] for entry in own]
-    seconds, blocks = [arm["seconds"] for arm in arms], fmean(arm["blocks"] for arm in arms)
+    own = [entry for entry in entries if arm in entry["arms"]]
+    arms = [entry["arms"][arm] for entry in own]
+    seconds, blocks = [one["seconds"] for one in arms], fmean(one["blocks"] for one in arms)
     # A control's share is of the uncached run, whose blocks are a's in all.
     ratio = fmean(entry["arms"]["a"]["blocks_total"] for entry in own) / blocks
+    steps = round(fmean(one["steps"] for one in arms))
+    if arm == "fewer_steps" and steps > entries[0]["arms"]["a"]["steps"]:
+        name = "more steps"  # a bridge's source computes blocks as well
     row: dict[str, Any] = {
         "name": name,
-        "kind": kind,
+        "kind": arm if arm in KINDS else "control",
         "cases": len(own),
-        "steps": round(fmean(arm["steps"] for arm in arms)),
+        "steps": steps,
         "compute_ratio": ratio,
         "seconds": {
             part: median(known) if (known := [s[part] for s in seconds if part in s]) else None
             for part in PARTS
         },
-        "memory_bytes": max(arm["memory"] for arm in arms),
-        "state_bytes": max(arm["state"] for arm in arms),
+        "memory_bytes": max(one["memory"] for one in arms),
+        "state_bytes": max(one["state"] for one in arms),
     }
     own_ratio = fmean(entry["arms"]["a"]["blocks"] for entry in own) / blocks
     row["bound"], row["speedup"], row["reached"] = own_ratio, None, None
-    if kind != "a":
-        gains = [speedup(entry, kind) for entry in own]
+    if arm != "a":
+        gains = [speedup(entry, arm) for entry in own]
         row["speedup"] = middle(gains)
         row["reached"] = row["speedup"]["median"] / own_ratio
-    qualities = [entry["quality"][kind] for entry in own] if kind != "a" else []
+    qualities = [entry["quality"][arm] for entry in own] if arm != "a" else []
     row["identical"] = all(q["identical"] for q in qualities)
     for metric in METRICS:
         row[metric] = spread(metric, [q[metric] for q in qualities])
+    told = [float(one["obeyed"]) for one in arms if one["obeyed"] is not None]
+    row["obeyed"] = None
+    if told:
+        mean, low, high = bootstrap(told)
+        row["obeyed"] = {"mean": mean, "low": low, "high": high, "worst": min(told)}
     row["worst_frame"] = finite(min((q["worst_frame"] for q in qualities), default=math.inf))
     return row
 
 
-def speedup(entry: dict[str, Any], kind: str) -> float:
+def speedup(entry: dict[str, Any], arm: str) -> float:
     """Of denoising one case, against a."""
-    before, after = (entry["arms"][arm]["seconds"]["denoise"] for arm in ("a", kind))
+    before, after = (entry["arms"][one]["seconds"]["denoise"] for one in ("a", arm))
     return before / after
 
 
@@ -139,6 +149,8 @@ def points_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows
         if row["speedup"] is not None
     ]
+    if any(point["kind"] == "control" for point in points):  # far from a is not worse there
+        return [{**point, "front": False} for point in points]
     return mark_front(points)
 
 
@@ -167,6 +179,8 @@ def difference_of(cfg: DictConfig) -> list[dict[str, str]]:
     """
     b = "cache" if cfg.get("b") is None else "b"
     first, second = flat(cfg.a), flat(cfg[b])
+    if cfg.get("bridge") is not None:
+        second |= flat(cfg.bridge, "bridge.")
     keys = sorted(first.keys() | second.keys())
     return [
         {"key": key, "a": first.get(key, "-"), "b": second.get(key, "-")}

@@ -1,4 +1,4 @@
-"""Renders the arms of one case: a, b, and the two controls. Uncached results come from the shared
+"""Renders the arms of one case: a, b, and the controls. Uncached results come from the shared
 archive where they are there already.
 """
 
@@ -14,6 +14,7 @@ import torch
 from ditcache.ab import fingerprint, memory
 from ditcache.ab.results import Archive, Result
 from ditcache.ab.settings import AbTestSettings, Case
+from ditcache.bridge.generate import SHUFFLED
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.trace import Trace
 from ditcache.models.base import Bundle
@@ -42,11 +43,19 @@ class Runner:
     def __post_init__(self) -> None:
         self.model = fingerprint.of_bundle(self.bundle, self.settings.shift)
 
-    def arm(self, case: Case, cache: CacheSettings) -> Made:
+    def arm(self, case: Case, cache: CacheSettings, *, bridged: bool = False) -> Made:
         """One of the two that are compared."""
+        if bridged:
+            return self.rendered(case, cache, arm="bridge")
         if cache.policy is None:
             return self.uncached(case)
         return self.rendered(case, cache)
+
+    @property
+    def bridge_controls(self) -> list[str]:
+        """What a bridge is compared with beside a: names that `rendered` takes as `arm`."""
+        bridging = self.renderer.bridging
+        return [] if bridging is None else bridging.controls
 
     def uncached(self, case: Case, *, steps: int | None = None, moved: float = 0.0) -> Made:
         """From the archive, or rendered and put there."""
@@ -93,6 +102,7 @@ class Runner:
         *,
         steps: int | None = None,
         moved: float = 0.0,
+        arm: str | None = None,
     ) -> Made:
         memory.start_peak(self.bundle.device)
         video = self.renderer.render(
@@ -103,6 +113,8 @@ class Runner:
             seed=case.seed,
             steps=steps,
             moved=moved,
+            arm=arm,
+            other=case.other if arm == SHUFFLED else None,
         )
         held = memory.peak(self.bundle.device)
         return result_of(video, steps or self.settings.steps, held), video.frames
@@ -129,7 +141,9 @@ def result_of(video: Video, steps: int, held: int) -> Result:
         video.latents,
         steps,
         dict(video.seconds),
-        video.trace.blocks_computed,
+        # A bridge's source computes blocks as well; other mixes may not run the target at all.
+        video.bridge.get("target_blocks", video.trace.blocks_computed)
+        + video.bridge.get("source_blocks", 0),
         video.trace.blocks,
         video.state_bytes_peak,
         held,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ditcache.bridge.settings import BridgeSettings, check_bridge
 from ditcache.cache.settings import CacheSettings
 from ditcache.metrics.measure import MetricSettings
 from ditcache.pipeline.settings import VideoSettings
@@ -84,17 +85,22 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt with one seed."""
+    """One prompt with one seed. other: another prompt and its picture, for controls that are given
+    the wrong one (None: there is only one).
+    """
 
     index: int
     prompt: str
     seed: int
     picture: Path | None
+    other: tuple[str, Path | None] | None = None
 
 
 @dataclass(kw_only=True)
 class AbTestSettings(VideoSettings):
-    """a is what b is measured against; without a `b` of its own it is `cache`."""
+    """a is what b is measured against; without a `b` of its own it is `cache`. bridge: b's, whose
+    sources a does not read.
+    """
 
     cache: CacheSettings
     a: CacheSettings
@@ -104,6 +110,7 @@ class AbTestSettings(VideoSettings):
     gate: GateSettings
     search: SearchSettings
     b: CacheSettings | None = None
+    bridge: BridgeSettings | None = None
     seeds: list[int] | None = None
     controls: int = 8
     fps: int = 16
@@ -125,6 +132,10 @@ class AbTestSettings(VideoSettings):
             if cache.cfg is not None and self.guidance <= 1:
                 raise ValueError(f"{name}.cfg: has no effect without guidance; set guidance > 1")
             cache.check_segments(name, self.segments)
+        if self.bridge is not None:
+            if self.segments > 1:
+                raise ValueError("segments: a bridge reads one segment's; set segments=1")
+            check_bridge(self, self.bridge, cached=self.candidate.policy is not None)
         if self.store.shares:
             raise ValueError(
                 "store.share: one arm would use what another computed; set it to false"
@@ -134,7 +145,7 @@ class AbTestSettings(VideoSettings):
         seeds = [self.seed] if self.seeds is None else self.seeds
         pairs = [(number, seed) for number in range(len(self.texts)) for seed in seeds]
         self.cases = [
-            Case(index, self.texts[number], seed, self.pictures[number])
+            Case(index, self.texts[number], seed, self.pictures[number], self.other(number))
             for index, (number, seed) in enumerate(pairs)
         ]
         if self.search.asked and len(self.cases) < 4:
@@ -142,3 +153,10 @@ class AbTestSettings(VideoSettings):
                 f"search: needs 4 cases or more, half of them to check on, got {len(self.cases)}; "
                 "give more prompts, such as prompts=twenty, or seeds"
             )
+
+    def other(self, number: int) -> tuple[str, Path | None] | None:
+        """The next prompt that is another one, with its picture."""
+        texts, count = self.texts, len(self.texts)
+        later = ((number + step) % count for step in range(1, count))
+        others = ((texts[n], self.pictures[n]) for n in later if texts[n] != texts[number])
+        return next(others, None)

@@ -26,10 +26,12 @@ def print_report(folder: Path, report: dict[str, Any]) -> None:
     cases = len(report["videos"])
     title = f"{report['title']}: {cases} case(s), {report['settings']['steps']} steps"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
-    for column in ("", "compute", "speed-up", "PSNR dB", "worst", "SSIM", "kept"):
+    bridged = any(row["kind"] == "control" for row in report["rows"])
+    last = ("as asked",) if bridged else ("worst", "SSIM", "kept")
+    for column in ("", "compute", "speed-up", "PSNR dB", *last):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in report["rows"]:
-        table.add_row(*cells(row))
+        table.add_row(*cells(row, bridged=bridged))
     console = Console()
     console.print(table)
     b = next(row for row in report["rows"] if row["kind"] == "b")
@@ -47,18 +49,18 @@ def print_report(folder: Path, report: dict[str, Any]) -> None:
     console.print(str(folder / "report.html"), style="bold", highlight=False, soft_wrap=True)
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    found = [row["name"], f"{row['compute_ratio']:.2f}x"]
-    if row["speedup"] is None:
-        found.append("1.00x")
-    else:
-        found.append(f"{row['speedup']['median']:.2f}x")
+def cells(row: dict[str, Any], *, bridged: bool) -> list[str]:
+    """bridged: instead of how near to a: does the video show what its caption asks for."""
+    speed = "1.00x" if row["speedup"] is None else f"{row['speedup']['median']:.2f}x"
+    found = [row["name"], f"{row['compute_ratio']:.2f}x", speed]
+    psnr, ssim = row["psnr"], row["ssim"]
     if row["kind"] == "a":
-        found += ["", "", ""]
+        near = ["", "", ""]
     elif row["identical"]:
-        found += ["identical", "", "1"]
+        near = ["identical", "", "1"]
     else:
-        psnr, ssim = row["psnr"], row["ssim"]
-        found.append(f"{psnr['mean']:.1f} ({psnr['low']:.1f}-{psnr['high']:.1f})")
-        found += [f"{psnr['worst']:.1f}", f"{ssim['mean']:.4f}"]
-    return [*found, human_bytes(row["state_bytes"])]
+        spread = f"{psnr['mean']:.1f} ({psnr['low']:.1f}-{psnr['high']:.1f})"
+        near = [spread, f"{psnr['worst']:.1f}", f"{ssim['mean']:.4f}"]
+    if bridged:
+        return [*found, near[0], "" if row["obeyed"] is None else f"{row['obeyed']['mean']:.0%}"]
+    return [*found, *near, human_bytes(row["state_bytes"])]

@@ -23,6 +23,9 @@ class Alone(Student):
         super().__init__()
         self.mixes_outputs = source
 
+    def asks(self, sigma: float) -> tuple[str, ...]:
+        return ("source" if self.mixes_outputs else "target",)
+
     def forward(self, batch: Batch, target: nn.Module) -> Tensor:
         if not self.mixes_outputs:
             return batch.alone
@@ -40,6 +43,9 @@ class OutputAverage(Student):
         super().__init__()
         self.share = share
 
+    def asks(self, sigma: float) -> tuple[str, ...]:
+        return ("target", "source")
+
     def forward(self, batch: Batch, target: nn.Module) -> Tensor:
         assert batch.source_velocity is not None
         return batch.alone + self.share * (batch.source_velocity - batch.alone)
@@ -55,6 +61,9 @@ class TimestepSwitch(Student):
     def __init__(self, sigma: float, *, source_above: bool):
         super().__init__()
         self.sigma, self.source_above = sigma, source_above
+
+    def asks(self, sigma: float) -> tuple[str, ...]:
+        return ("source" if (sigma >= self.sigma) == self.source_above else "target",)
 
     def forward(self, batch: Batch, target: nn.Module) -> Tensor:
         assert batch.source_velocity is not None
@@ -78,7 +87,7 @@ class WeightAverage(Student):
         return ours == theirs
 
     @contextmanager
-    def attached(self, batch: Batch, target: nn.Module) -> Iterator[None]:
+    def attached(self, batch: Batch | None, target: nn.Module) -> Iterator[None]:
         own = {name: weight.detach().clone() for name, weight in target.named_parameters()}
         with torch.no_grad():
             for name, weight in target.named_parameters():

@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ditcache.bridge.capture import shape_of
-from ditcache.bridge.data.zoo import ZooData
-from ditcache.bridge.evaluate import TARGET, Row, losses_of, measure_costs, untrained_rows
+from ditcache.bridge.controls_file import save_controls
+from ditcache.bridge.evaluate import TARGET, Row, losses_of, measure_costs, untrained
 from ditcache.bridge.fingerprint import fingerprint
 from ditcache.bridge.pair import Pair, shift_of
 from ditcache.bridge.refuse import check_bundles, check_frames
 from ditcache.bridge.samples import Samples, save_samples
+from ditcache.bridge.sampling import Sampling
 from ditcache.bridge.saved import End, Header, save_bridge
 from ditcache.bridge.students import Bridged, LowRankUpdate, Router, Student
 from ditcache.bridge.train import History, Recipe, train
@@ -181,12 +182,10 @@ class Course:
             pair = Pair(self.samples, self.transformers, target, source)
             with pair.opened():
                 self.judge(pair, target)
-            if s.videos:
-                self.watch(target, source)
         print(f"wrote {path}")
 
     def judge(self, pair: Pair, target: str) -> None:
-        """Held-out losses of everything, and the verdict where controls were trained."""
+        """Held-out losses of everything, the verdict where controls were trained, and videos."""
         s, fusion, autocast = self.settings, self.settings.fusion, self.accelerator.autocast
         runs = self.runs[target]
         if not s.evaluate:  # the same projector with the wrong source, instead of trained controls
@@ -196,24 +195,31 @@ class Course:
                 runs[0]["self"] = Bridged(net, fusion, "self")
         trained = {f"{i}|{k}": v for i, run in enumerate(runs) for k, v in run.items()}
         with self.bar("judging", 0) as tick:
-            rows = untrained_rows(pair, fusion, autocast, tick, mixed=s.evaluate)
-            losses = losses_of(pair, trained, fusion, "test", autocast, tick)
-        known = {row.name: row.losses for row in rows}
-        for key, student in trained.items():
-            count = student.num_parameters
-            rows.append(Row(key, losses[key], student.forwards, count))
-        first = {key.split("|")[1]: student for key, student in trained.items() if key[0] == "0"}
+            chosen = untrained(pair, fusion, autocast, tick, mixed=s.evaluate)
+            picked = {name: setting for name, (_, setting) in chosen.items()}
+            students = {**{name: student for name, (student, _) in chosen.items()}, **trained}
+            losses = losses_of(pair, students, fusion, "test", autocast, tick)
+        first = {k: student for k, student in students.items() if "|" not in k or k[0] == "0"}
         costs = measure_costs(pair, first, fusion, autocast)
-        for row in rows:
-            row.cost = costs.get(row.name.partition("|")[2])
+        rows = [
+            Row(
+                name,
+                losses[name],
+                student.forwards,
+                student.num_parameters,
+                picked.get(name, ""),
+                costs.get(name),
+            )
+            for name, student in students.items()
+        ]
         test = self.samples.rows("test")
         domain = [self.samples.domains[int(i)] for i in self.samples.domain[test]]
         judged = [
             Losses(
                 losses[f"{i}|{BRIDGE}"].tolist(),
-                known[TARGET].tolist(),
+                losses[TARGET].tolist(),
                 {
-                    **({"self": known[TARGET].tolist()} if s.projector.own_is_target else {}),
+                    **({"self": losses[TARGET].tolist()} if s.projector.own_is_target else {}),
                     **{k: losses[f"{i}|{k}"].tolist() for k in run if k != BRIDGE},
                 },
                 [n for n, d in enumerate(domain) if d == s.data.own_domain(target)],
@@ -221,23 +227,31 @@ class Course:
             )
             for i, run in enumerate(runs)
         ]
+        if s.evaluate:
+            kept = {name.removeprefix("0|"): student for name, student in first.items()}
+            path = self.folder / f"controls-{target}.safetensors"
+            save_controls(path, pair.target, pair.source, kept)
         verdicts = judge(judged, s.max_harm)
         write_bridge_report(self.folder, target, rows, domain, judged, verdicts, s)
+        if s.videos:
+            self.watch(pair, target, students)
 
-    def watch(self, target: str, source: str) -> None:
-        """Whole videos of both models and the bridge, read back."""
-        s = self.settings
-        assert isinstance(s.data, ZooData)
-        with self.bar("rendering", 3 * s.videos) as tick:
+    def watch(self, pair: Pair, target: str, students: dict[str, Student]) -> None:
+        """Whole videos of every method, read back."""
+        s, model = self.settings, self.bundles[target].model
+        shift = shift_of(self.bundles[target].pipe.scheduler)
+        sampling = Sampling(model.steps, model.shift or shift, model.guidance)
+        with self.bar("rendering", len(students) * sampling.steps) as tick:
             found = judge_videos(
-                self.bundles,
-                target,
-                source,
-                self.nets[target],
+                pair,
+                self.bundles[target],
+                students,
+                s.data,
                 s.fusion,
-                count=min(s.videos, s.data.test),
-                seed=s.data.seed,
-                on_video=tick,
+                sampling,
+                count=s.videos,
+                autocast=self.accelerator.autocast,
+                on_step=tick,
             )
         write_videos(self.folder, target, found)
 

@@ -109,11 +109,11 @@ def switches() -> dict[str, Student]:
     return found
 
 
-def untrained_rows(
+def untrained(
     pair: Pair, fusion: Fusion, autocast: Any, on_batch: Callable[[], None], *, mixed: bool = True
-) -> list[Row]:
-    """The two models alone, and unless `mixed` is False what mixing them without training comes to,
-    with settings picked.
+) -> dict[str, tuple[Student, str]]:
+    """Row -> student and its setting: the two models alone, and unless `mixed` is False what mixes
+    them without training, with settings picked on the validation clips.
     """
     options = candidates(pair, fusion) if mixed else {}
     flat = {
@@ -123,17 +123,15 @@ def untrained_rows(
         if len(settings) > 1
     }
     known = losses_of(pair, flat, fusion, "validation", autocast, on_batch) if flat else {}
-    chosen: dict[str, Student] = {TARGET: Alone(), SOURCE: Alone(source=True)}
-    picked = {}
+    chosen: dict[str, tuple[Student, str]] = {
+        TARGET: (Alone(), ""),
+        SOURCE: (Alone(source=True), ""),
+    }
     for row, settings in options.items():
         scores = {s: float(known[f"{row}|{s}"].mean()) for s in settings if len(settings) > 1}
         best = min(scores, key=scores.__getitem__) if scores else next(iter(settings))
-        chosen[row], picked[row] = settings[best], best
-    losses = losses_of(pair, chosen, fusion, "test", autocast, on_batch)
-    return [
-        Row(name, losses[name], student.forwards, student.num_parameters, picked.get(name, ""))
-        for name, student in chosen.items()
-    ]
+        chosen[row] = (settings[best], best)
+    return chosen
 
 
 @torch.no_grad()
@@ -147,26 +145,22 @@ def measure_costs(
     feeds = {student.feed for student in students.values()}
     with autocast():
         batch = pair.batch(draw, feeds, outputs=True, fusion=fusion)
-        target: list[float] = []
+        alone: list[float] = []
         taken: dict[str, list[float]] = {name: [] for name in students}
         for _ in range(repeats):
-            target.append(clocked(pair, lambda: batch.seen.call(pair.target)))
+            alone.append(clocked(pair, lambda: batch.seen.call(pair.target)))
             for name, student in students.items():
-                taken[name].append(clocked(pair, partial(step_of, pair, student, batch)))
-    alone = statistics.median(target)
-    return {name: statistics.median(times) / alone for name, times in taken.items()}
+                with student.attached(batch, pair.target):
+                    taken[name].append(clocked(pair, partial(step_of, pair, student, batch)))
+    return {name: statistics.median(times) / statistics.median(alone)
+            for name, times in taken.items()}  # fmt: skip
 
 
 def step_of(pair: Pair, student: Student, batch: Batch) -> None:
-    """Everything that one denoising step needs with this student."""
-    if student.feed == "self":
-        batch.seen.call(pair.target)
-    elif student.feed is not None or student.mixes_outputs:
-        batch.seen.call(pair.source)
-    if student.mixes_outputs and student.forwards == 2.0:
-        batch.seen.call(pair.target)
-    with student.attached(batch, pair.target):
-        student(batch, pair.target)
+    """Everything that one denoising step needs with this student, which is attached."""
+    for role in student.asks(0.5):
+        batch.seen.call(pair.source if role == "source" else pair.target)
+    student(batch, pair.target)
 
 
 def clocked(pair: Pair, work: Callable[[], object]) -> float:

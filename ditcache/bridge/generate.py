@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ditcache.bridge.controls_file import controls_path, load_controls
+from ditcache.bridge.mix import Mix
 from ditcache.bridge.nets import Net
 from ditcache.bridge.partner import side_of
 from ditcache.bridge.refuse import check_bundles, check_frames
 from ditcache.bridge.run import Bridge, Source
 from ditcache.bridge.saved import load_net
 from ditcache.bridge.settings import BridgeSettings
+from ditcache.bridge.students import Student
+from ditcache.cache.attach import blocks_of
 from ditcache.errors import DitcacheError
 from ditcache.models.base import Bundle
 from ditcache.models.load import load
@@ -21,6 +26,8 @@ from ditcache.pipeline.denoise import denoise, make_scheduler
 from ditcache.pipeline.inputs import Inputs, draw_inputs
 from ditcache.pipeline.text import TextStates, encode_text
 from ditcache.store.base import Store
+
+SHUFFLED, SELF = "shuffled source", "self as source"
 
 
 @dataclass
@@ -39,6 +46,8 @@ class Bridging:
 
         self.settings, self.target = settings, target
         self.springs: dict[str, Spring] = {}
+        self.students: dict[str, Student] = {}
+        self.controls: list[str] = []
         loaded: dict[str, Bundle] = {}
         transformer = target.pipe.transformer
         for number, wire in enumerate(settings.wires):
@@ -68,20 +77,62 @@ class Bridging:
     def num_parameters(self) -> int:
         return sum(spring.net.num_parameters for spring in self.springs.values())
 
-    def bridge(
-        self, inputs: Inputs, prompt: str, picture: Any, guidance: float, store: Store
-    ) -> Bridge:
-        """For one video."""
+    def arm(
+        self,
+        name: str,
+        inputs: Inputs,
+        prompt: str,
+        picture: Any,
+        *,
+        guidance: float,
+        store: Store,
+        other: tuple[str, Any, Tensor | None] | None = None,
+    ) -> Bridge | Mix:
+        """For one video: `bridge`, or one of `controls`. other: prompt, picture and condition of
+        another video, for the shuffled source.
+        """
+        transformer, fusion = self.target.pipe.transformer, self.settings.fusion
+        condition = None
+        if name == SHUFFLED:
+            assert other is not None
+            prompt, picture, condition = other
         sources = {
-            name: Source(
+            key: Source(
                 spring.bundle.pipe.transformer,
                 spring.net,
                 texts_of(self.read(spring, prompt, guidance)),
                 self.look(spring, picture),
+                condition,
             )
-            for name, spring in self.springs.items()
+            for key, spring in self.springs.items()
         }
-        return Bridge(self.target.pipe.transformer, sources, self.settings.fusion, store)
+        if name in self.students:
+            return Mix(transformer, self.students[name], next(iter(sources.values())))
+        if name == SELF:
+            texts, image = texts_of(inputs.text), inputs.image
+            sources = {
+                key: Source(transformer, source.net, texts, image)
+                for key, source in sources.items()
+            }
+        return Bridge(transformer, sources, fusion, store)
+
+    def load_controls(self) -> None:
+        """Fills `controls`: what one bridge can be compared with in whole runs, by the names that
+        `arm` takes.
+        """
+        wires = self.settings.wires
+        if len(wires) > 1 or self.settings.draft_steps is not None:
+            return
+        (spring,), (wire,) = self.springs.values(), wires
+        target, source = self.target.pipe.transformer, spring.bundle.pipe.transformer
+        path = Path("-") if wire.path is None else wire.path
+        side = side_of(self.target.model)
+        self.students = load_controls(controls_path(path, side), target, source)
+        for student in self.students.values():
+            student.to(self.target.device, target.dtype)
+        projector = self.settings.projector if wire.header is None else wire.header.projector
+        assert projector is not None
+        self.controls = [SHUFFLED, *([] if projector.own_is_target else [SELF]), *self.students]
 
     def read(self, spring: Spring, prompt: str, guidance: float) -> TextStates:
         own = self.settings.source_prompt or prompt
@@ -142,21 +193,30 @@ def texts_of(text: TextStates) -> dict[str, Tensor]:
     return found
 
 
-def record_of(bridge: Bridge, target_forwards: int, denoise_seconds: float) -> dict[str, Any]:
+def record_of(arm: Bridge | Mix, target_forwards: int, denoise_seconds: float) -> dict[str, Any]:
     """What one video's bridge did, for metrics.json. cost: forwards of all models per forward of
     the target, as if source and target were equally large.
     """
-    on_cpu = next(bridge.target.parameters()).device.type == "cpu"
-    seconds = {f"{name}_s": value for name, value in bridge.seconds.items()} if on_cpu else {}
-    share = {"projector_share": bridge.seconds["projector"] / denoise_seconds} if on_cpu else {}
+    if isinstance(arm, Mix):
+        return {
+            "source_forwards": arm.forwards,
+            "target_forwards": arm.own,
+            "source_blocks": arm.forwards * len(blocks_of(arm.source.transformer)),
+            "target_blocks": arm.own * len(blocks_of(arm.target)),
+            "cost": (arm.forwards + arm.own) / max(target_forwards, 1),
+        }
+    on_cpu = next(arm.target.parameters()).device.type == "cpu"
+    seconds = {f"{name}_s": value for name, value in arm.seconds.items()} if on_cpu else {}
+    share = {"projector_share": arm.seconds["projector"] / denoise_seconds} if on_cpu else {}
     return {
-        "schedule": bridge.fusion.schedule,
-        "driver": bridge.fusion.driver,
-        "sources": len(bridge.sources),
-        "source_forwards": bridge.forwards,
+        "schedule": arm.fusion.schedule,
+        "driver": arm.fusion.driver,
+        "sources": len(arm.sources),
+        "source_forwards": arm.forwards,
         "target_forwards": target_forwards,
-        "cost": 1 + bridge.forwards / max(target_forwards, 1),
-        "refreshed": sorted({step for step, _, _ in bridge.asked}),
+        "source_blocks": arm.blocks,
+        "cost": 1 + arm.forwards / max(target_forwards, 1),
+        "refreshed": sorted({step for step, _, _ in arm.asked}),
         **seconds,
         **share,
     }

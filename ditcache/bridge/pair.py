@@ -98,14 +98,32 @@ class Pair:
         The source sees what the target's own Euler step makes of the noisy latents: it knows
         nothing of the clip but these. A second view of it on the data's path would give it away.
         """
-        feeds, device = {feed for feed in feeds if feed}, self.device
+        device = self.device
         clean = self.samples.latents[draw.rows].to(device).float()
-        noise, sigma, lag = (x.to(device) for x in (draw.noise, draw.sigma, draw.lag))
+        noise, sigma = draw.noise.to(device), draw.sigma.to(device)
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * clean + level * noise
+        return self.look(draw, noisy, noise - clean, feeds, outputs=outputs, fusion=fusion)
+
+    @torch.no_grad()
+    def look(
+        self,
+        draw: Draw,
+        noisy: Tensor,
+        wanted: Tensor,
+        feeds: Iterable[str | None],
+        *,
+        outputs: bool,
+        fusion: Fusion,
+    ) -> Batch:
+        """What the frozen models make of latents at the draw's noise level, wherever they came
+        from.
+        """
+        feeds, device = {feed for feed in feeds if feed}, self.device
+        sigma, lag = draw.sigma.to(device), draw.lag.to(device)
         seen = self.seen("target", draw, noisy, sigma)
         alone, own = capture(self.target, seen)
-        batch = Batch(seen, noise - clean, alone.float(), {}, None, draw.present)
+        batch = Batch(seen, wanted, alone.float(), {}, None, draw.present)
         later, lagged = lagged_state(noisy, sigma, lag, alone.float())
         if "self" in feeds:
             if lag.any():

@@ -42,19 +42,25 @@ class Batch:
 
 
 class Student(nn.Module):
-    """Base. feed: which keys and values it reads (None: none). forwards: what one of its steps
-    costs, in forwards of the target.
+    """Base. feed: which keys and values it reads (None: none). mixes_outputs: reads the source's
+    velocity. forwards: what one of its steps costs, in forwards of the target.
     """
 
     feed: str | None = None
     forwards = 1.0
     mixes_outputs = False
 
+    def asks(self, sigma: float) -> tuple[str, ...]:
+        """The plain forwards, of `target` and `source`, that a step at sigma needs beside what
+        `forward` itself runs.
+        """
+        return ()
+
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def attached(self, batch: Batch, target: nn.Module) -> Any:
+    def attached(self, batch: Batch | None, target: nn.Module) -> Any:
         """Context in which `target` is changed; backward passes belong into it as well."""
         return nullcontext()
 
@@ -71,9 +77,12 @@ class Bridged(Student):
         self.net, self.fusion, self.feed = net, fusion, feed
         self.forwards = 1.0 if feed == "self" else 2.0
 
+    def asks(self, sigma: float) -> tuple[str, ...]:
+        return () if self.feed == "self" else ("source",)
+
     @contextmanager
-    def attached(self, batch: Batch, target: nn.Module) -> Iterator[None]:
-        assert self.feed is not None
+    def attached(self, batch: Batch | None, target: nn.Module) -> Iterator[None]:
+        assert batch is not None and self.feed is not None
         sources, net, fusion = batch.sources[self.feed], self.net, self.fusion
 
         def fused(layer: int, own: KeyValues) -> KeyValues:
@@ -99,7 +108,7 @@ class LowRankUpdate(Student):
 
     def __init__(self, target: nn.Module, rank: int):
         super().__init__()
-        self.pairs = nn.ModuleList()
+        self.rank, self.pairs = rank, nn.ModuleList()
         for linear in self.linears(target):
             down = nn.Linear(linear.in_features, rank, bias=False)
             up = nn.Linear(rank, linear.out_features, bias=False)
@@ -118,7 +127,7 @@ class LowRankUpdate(Student):
         return max(1, round(parameters / sum(x.in_features + x.out_features for x in linears)))
 
     @contextmanager
-    def attached(self, batch: Batch, target: nn.Module) -> Iterator[None]:
+    def attached(self, batch: Batch | None, target: nn.Module) -> Iterator[None]:
         def changed(pair: nn.Module) -> Any:
             return lambda module, args, output: output + pair(args[0])
 
@@ -147,6 +156,9 @@ class Router(Student):
         self.out = nn.Conv3d(hidden, 1, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
+
+    def asks(self, sigma: float) -> tuple[str, ...]:
+        return ("target", "source")
 
     def forward(self, batch: Batch, target: nn.Module) -> Tensor:
         alone, other = batch.alone, batch.source_velocity

@@ -1,134 +1,99 @@
-"""Whole videos of held-out procedural clips, read back: does the object become what the caption
-says, move where it says, and how near is the video to the clip it was drawn from.
+"""Held-out clips rendered whole by every method: how near is a video to the clip it was noised
+from, and, of procedural clips, does the object become what the caption says and move where it says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from ditcache.bridge.data.base import SPLITS
+from ditcache.bridge.data.base import SPLITS, Data
+from ditcache.bridge.data.zoo import ZooData
 from ditcache.bridge.fusion import Fusion
-from ditcache.bridge.generate import texts_of
-from ditcache.bridge.nets import Net
-from ditcache.bridge.run import Bridge, Source
-from ditcache.clips.edits import DOMAINS, REASONING_FRAMES, Clip, draw_clip
-from ditcache.clips.judge import judge, read_direction
+from ditcache.bridge.pair import Pair
+from ditcache.bridge.sampling import Sampling, sampled
+from ditcache.bridge.students import Student
+from ditcache.clips.captions import shown
+from ditcache.clips.edits import DOMAINS, Clip, draw_clip
 from ditcache.metrics.psnr import psnr
 from ditcache.models.base import Bundle
-from ditcache.pipeline.denoise import decode_latents, denoise
-from ditcache.pipeline.inputs import draw_inputs
-from ditcache.pipeline.text import encode_text
-from ditcache.store.device import DeviceStore
+from ditcache.pipeline.denoise import decode_latents
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-DOMAIN = "composite"
+COMPOSITE = "composite"
+QUALITIES = ("colour", "shape", "direction")
 
 
 @dataclass
 class Seen:
-    """One video. right: colour, shape and direction are as the caption says."""
+    """One video. latent: root mean square distance to the clip's latents; psnr: dB, of the decoded
+    video to the decoded clip. right: which QUALITIES are as the caption says, where that can be
+    read.
+    """
 
-    right: dict[str, bool]
+    latent: float
     psnr: float
+    right: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        shares = {name: float(value) for name, value in self.right.items()}
+        if shares:
+            shares["all"] = float(all(self.right.values()))
+        return {**shares, "psnr": self.psnr, "latent": self.latent}
 
 
 def judge_videos(
-    bundles: Mapping[str, Bundle],
-    target: str,
-    source: str,
-    net: Net,
+    pair: Pair,
+    bundle: Bundle,
+    students: Mapping[str, Student],
+    data: Data,
     fusion: Fusion,
+    sampling: Sampling,
     *,
     count: int,
-    seed: int,
-    on_video: Callable[[], None],
-) -> dict[str, dict[str, Any]]:
-    """Method -> shares of captions obeyed, mean PSNR (dB) to the true clips. The clips are those
-    that the losses are judged on. seed: of the clips.
+    autocast: Any,
+    on_step: Callable[[], None],
+) -> dict[str, list[Seen]]:
+    """Student -> one entry per clip, of composite clips where there are some. The clips are those
+    that the losses are judged on; all students start from the same noise. bundle: the target's.
     """
-    found: dict[str, list[Seen]] = {}
-    for index in range(count):
-        key = [seed, SPLITS.index("test"), DOMAINS.index(DOMAIN), index]
-        clip = draw_clip(DOMAIN, np.random.default_rng(key))
-        frames = {
-            f"{target} alone": render(bundles[target], clip, index),
-            f"{source} alone": render(bundles[source], clip, index),
-            "bridge": render(bundles[target], clip, index, bundles[source], net, fusion),
-        }
-        for name, video in frames.items():
-            found.setdefault(name, []).append(read(clip, video))
-            on_video()
-    return {
-        name: {
-            **{
-                quality: float(np.mean([seen.right[quality] for seen in videos]))
-                for quality in ("colour", "shape", "direction", "all")
-            },
-            "psnr": float(np.mean([seen.psnr for seen in videos])),
-        }
-        for name, videos in found.items()
-    }
+    domain = COMPOSITE if COMPOSITE in pair.samples.domains else None
+    rows = pair.samples.rows("test", domain)[:count]
+    latents = sampled(pair, students, rows, fusion, sampling, autocast, on_step)
+    truth = [pair.samples.latents[row][None].float() for row in rows.tolist()]
+    clips = [decode_latents(bundle, one) for one in truth]
+    scenes: list[Clip | None] = [None] * len(rows)
+    if isinstance(data, ZooData):
+        scenes = [zoo_clip(data, index) for index in range(len(rows))]
+    found = {}
+    for name, made in latents.items():
+        videos = [decode_latents(bundle, one[None]) for one in made]
+        found[name] = [
+            Seen(rms(one, true[0]), psnr(clip, video), {} if scene is None else read(scene, video))
+            for one, true, clip, video, scene in zip(
+                made, truth, clips, videos, scenes, strict=True
+            )
+        ]
+    return found
 
 
-def render(
-    bundle: Bundle,
-    clip: Clip,
-    seed: int,
-    other: Bundle | None = None,
-    net: Net | None = None,
-    fusion: Fusion | None = None,
-) -> np.ndarray:
-    """Frames [29, H, W, 3] in 0..1 of one model, or of one that reads another."""
-    model, picture = bundle.model, Image.fromarray(clip.frames[0])
-    text = encode_text(
-        bundle,
-        clip.scene.caption,
-        negative_prompt=model.negative_prompt,
-        guidance=model.guidance,
-    )
-    height, width = clip.frames.shape[1:3]
-    size = {"height": height, "width": width, "num_frames": REASONING_FRAMES}
-    inputs = draw_inputs(bundle, text, **size, seed=seed, picture=picture)
-    sampling: dict[str, Any] = {"steps": model.steps, "guidance": model.guidance}
-    sampling["shift"] = model.shift
-    if other is None:
-        return decoded(bundle, denoise(bundle, inputs, **sampling))
-    assert net is not None and fusion is not None
-    told = encode_text(
-        other,
-        clip.scene.caption,
-        negative_prompt=other.model.negative_prompt,
-        guidance=model.guidance,
-    )
-    look = other.pipe.encode_image(picture, other.device)
-    source = Source(other.pipe.transformer, net, texts_of(told), look)
-    bridge = Bridge(bundle.pipe.transformer, {"source": source}, fusion, DeviceStore())
-    with bridge.attached(texts_of(text)):
-        return decoded(bundle, denoise(bundle, inputs, **sampling))
+def zoo_clip(data: ZooData, index: int) -> Clip:
+    """The composite test clip of this number, as it was drawn to be encoded."""
+    key = [data.seed, SPLITS.index("test"), DOMAINS.index(COMPOSITE), index]
+    return draw_clip(COMPOSITE, np.random.default_rng(key))
 
 
-def decoded(bundle: Bundle, latents: Tensor) -> np.ndarray:
-    return decode_latents(bundle, latents)[:REASONING_FRAMES]
+def rms(made: Tensor, true: Tensor) -> float:
+    return float((made - true.to(made)).square().mean().sqrt())
 
 
-def read(clip: Clip, frames: np.ndarray) -> Seen:
-    """Colour and shape from the last frame; the direction from where the object is in the first and
-    the last quarter, whatever its colour.
-    """
-    last = judge(np.repeat(frames[-1:], 3, 0))
-    backdrop = np.median(frames.reshape(-1, 3), 0)
-    inked = np.clip(np.linalg.norm(frames - backdrop, axis=-1) - 0.25, 0, 0.25)
-    right = {
-        "colour": last.colour == clip.scene.colour,
-        "shape": last.shape == clip.scene.shape,
-        "direction": read_direction(inked) == clip.scene.direction,
-    }
-    right["all"] = all(right.values())
-    return Seen(right, psnr(clip.frames / 255, frames[: len(clip.frames)]))
+def read(clip: Clip, frames: np.ndarray) -> dict[str, bool]:
+    """Which QUALITIES are as in the clip's scene."""
+    found = shown(frames)
+    return {name: found[name] == getattr(clip.scene, name) for name in QUALITIES}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from ditcache.ab.settings import AbTestSettings
+from ditcache.bridge.partner import side_of
 from ditcache.cache.settings import with_low
 from ditcache.config import build
 from ditcache.errors import GateFailed
@@ -55,6 +56,8 @@ def run(cfg: DictConfig) -> float | None:
 
     # 5) The report in three forms, the table, the verdict.
     notes = [*runner.notes, *([] if found is None else found.notes)]
+    if settings.bridge is not None:
+        notes += bridge_notes(runner, settings)
     report = report_of(settings, cfg, names, runner.bundle.device, entries, notes)
     if found is not None:
         report["search"] = found.verdict(report)
@@ -82,6 +85,8 @@ def names_of(cfg: DictConfig, chosen: dict[str, str]) -> dict[str, str]:
     a = chosen.get("cache@a", "none")
     b = chosen.get("cache@b") if cfg.get("b") is not None else chosen.get("cache")
     b = str(b)
+    if cfg.get("bridge") is not None:
+        b = "bridge" if b == "none" else f"{b} + bridge"
     return {"model": chosen["model"], "a": a, "b": f"{b} (b)" if a == b != "none" else b}
 
 
@@ -89,7 +94,8 @@ def steps_of(settings: AbTestSettings) -> int:
     """Denoising steps to expect, for the progress bar."""
     cases, controls = len(settings.cases), min(settings.controls, len(settings.cases))
     searched = (1 + settings.search.trials) * cases // 2 if settings.search.asked else 0
-    return settings.segments * settings.steps * (2 * cases + 2 * controls + searched)
+    mixes = 0 if settings.bridge is None else 7  # at most
+    return settings.segments * settings.steps * (2 * cases + (2 + mixes) * controls + searched)
 
 
 def make_runner(settings: AbTestSettings, show: OnStep) -> Any:
@@ -105,9 +111,37 @@ def make_runner(settings: AbTestSettings, show: OnStep) -> Any:
     for cache in (settings.a, settings.candidate):
         check_fit(bundle, cache)
     renderer = Renderer(bundle, settings, show)
+    if settings.bridge is not None:
+        from ditcache.bridge.generate import Bridging
+
+        renderer.bridging = Bridging(settings.bridge, bundle, settings.num_frames)
+        renderer.bridging.load_controls()
     renderer.warm_up()
     archive = Archive(Path(settings.baseline.folder).expanduser())
     return Runner(bundle, settings, renderer, archive, settings.baseline.refresh)
+
+
+def bridge_notes(runner: Any, settings: AbTestSettings) -> list[str]:
+    """What the figures of a bridge mean, and what bridge-train found out about it."""
+    from ditcache.bridge.controls_file import MIXED, TRAINED
+    from ditcache.report.bridge import known_verdict
+
+    notes = [
+        "A bridge is meant to change the video: PSNR and SSIM say how far b and its controls are "
+        "from a, not how good they are. The blocks of sources count as computed."
+    ]
+    controls = runner.bridge_controls
+    missing = [name for name in (*MIXED, *TRAINED.values()) if name not in controls]
+    if missing:
+        notes.append(
+            f"Not compared with {', '.join(missing)}: `bridge-train evaluate=true` trains and "
+            "picks them, and keeps them beside the bridge."
+        )
+    assert settings.bridge is not None
+    for wire in settings.bridge.wires:
+        if wire.path is not None:
+            notes += known_verdict(wire.path, side_of(settings.model))
+    return notes
 
 
 def replace_candidate(settings: AbTestSettings, found: Any) -> AbTestSettings:

@@ -10,7 +10,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ditcache.bridge.data.base import Data
-from ditcache.bridge.data.zoo import ZooData
 from ditcache.bridge.fusion import Fusion
 from ditcache.bridge.partner import check_two, load_partner, side_of
 from ditcache.bridge.projectors.base import Projector
@@ -87,8 +86,6 @@ class BridgeTrainSettings:
                     f"fusion.{name}: has no effect on training, which sees single steps; set it "
                     "when generating"
                 )
-        if self.videos and not isinstance(self.data, ZooData):
-            raise ValueError("videos: reads back the procedural clips of data=zoo; set videos=0")
         self.data.check()
         self.other = load_partner(self.model, self.partner, self.partner_path)
         check_two(self.model, self.other, self.num_frames, self.fusion)

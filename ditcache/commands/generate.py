@@ -78,7 +78,7 @@ def run(cfg: DictConfig) -> float | None:
         check_bundle(bundle, settings)
         check_fit(bundle, settings.cache)
         renderer, names = Renderer(bundle, settings, show), chosen_options()
-        bridged = settings.bridge is not None
+        arm = None if settings.bridge is None else "bridge"
         if settings.bridge is not None:
             renderer.bridging = Bridging(settings.bridge, bundle, settings.num_frames)
             names["cache"] += " + bridge"
@@ -94,9 +94,7 @@ def run(cfg: DictConfig) -> float | None:
             picture, seed, baseline = settings.pictures[index], settings.seed, None
             if settings.compare and index % 2 == 0:
                 baseline = renderer.render(index, text, CacheSettings(), picture, seed=seed)
-            video = renderer.render(
-                index, text, settings.cache, picture, seed=seed, bridged=bridged
-            )
+            video = renderer.render(index, text, settings.cache, picture, seed=seed, arm=arm)
             if settings.compare and index % 2:
                 baseline = renderer.render(index, text, CacheSettings(), picture, seed=seed)
             records.append(write_video(folder, settings, names["cache"], video, baseline))

@@ -78,11 +78,13 @@ class Renderer:
         seed: int,
         steps: int | None = None,
         moved: float = 0.0,
-        bridged: bool = False,
+        arm: str | None = None,
+        other: tuple[str, Path | None] | None = None,
     ) -> Video:
         """One video of `settings.segments`. The cache is attached for this video only, so nothing
         can leak into the next. moved: that much of other noise is added to the initial noise.
-        bridged: `bridging`'s sources are read.
+        arm: which of `bridging`'s is at work (None: none). other: prompt and picture of another
+        video, for a source that is given the wrong one.
         """
         s, clock = self.settings, Clock(self.bundle.device)
         inputs = prepare(self.bundle, s, prompt, self.pictures[picture], seed=seed)
@@ -91,7 +93,7 @@ class Renderer:
         clock.lap("text")
         s.store.reset_counters()
         attached = attach_settings(self.bundle, cache, s.store)
-        bridge, start = None, 0
+        work, start = None, 0
         watched = Trace() if cache.policy is None else None
 
         def watch(step: Step) -> None:
@@ -118,15 +120,18 @@ class Renderer:
         try:
             with ExitStack() as stack:
                 stack.enter_context(attached.one_video())
-                if bridged:
+                if arm is not None:
                     assert self.bridging is not None
                     given = (inputs, prompt, self.pictures[picture])
-                    bridge = self.bridging.bridge(*given, s.guidance, s.store)
+                    wrong = None if other is None else self.other_video(*other)
+                    work = self.bridging.arm(
+                        arm, *given, guidance=s.guidance, store=s.store, other=wrong
+                    )
                     if self.bridging.settings.draft_steps is not None:
                         inputs, start = self.bridging.draft(
                             *given, seed=seed, size=size(s), sampling=sampling
                         )
-                    stack.enter_context(bridge.attached(texts_of(inputs.text)))
+                    stack.enter_context(work.attached(texts_of(inputs.text)))
                 for number in range(s.segments):
                     if number:
                         inputs = self.go_on(inputs, segments[-1], decoded, seed, clock)
@@ -146,9 +151,9 @@ class Renderer:
         counters = s.store.stats()
         trace = watched or attached.trace
         report = {}
-        if bridge is not None:
+        if work is not None:
             forwards = sum(d.computed and d.unit == 0 for d in trace.decisions)
-            report = record_of(bridge, forwards, clock.seconds["denoise"])
+            report = record_of(work, forwards, clock.seconds["denoise"])
         return Video(
             index,
             prompt,
@@ -162,6 +167,12 @@ class Renderer:
             times,
             report,
         )
+
+    def other_video(self, prompt: str, path: Path | None) -> tuple[str, Any, Tensor | None]:
+        """Another video's prompt, picture and condition."""
+        picture = self.pictures[path]
+        inputs = prepare(self.bundle, self.settings, prompt, picture, seed=self.settings.seed)
+        return prompt, picture, inputs.condition
 
     def go_on(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ditcache.bridge.evaluate import Row
     from ditcache.bridge.train import History
     from ditcache.bridge.verdict import Losses, Verdict
+    from ditcache.bridge.videos import Seen
     from ditcache.commands.bridge_train import BridgeTrainSettings
 
 NAMES = {
@@ -25,6 +27,8 @@ NAMES = {
     "router": "control: output router",
     "lora": "control: LoRA of equal size",
 }
+WORDS = {True: "passed", False: "failed", None: "not told"}
+VIDEO_COLUMNS = {"psnr": "PSNR, dB", "latent": "latents' distance"}
 Cells = list[str]
 
 
@@ -117,13 +121,8 @@ def write_bridge_report(
     for v in verdicts:
         lines += [f"- **{v.name} {v.word}**: {v.question}", *(f"  - {line}" for line in v.lines)]
     write_text(folder / f"evaluation-{target}.md", "\n".join(lines) + "\n")
-    table = Table(title=f"held-out flow loss into {target}, lower is better")
-    for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for cells in body:
-        table.add_row(*cells)
+    print_table(f"held-out flow loss into {target}, lower is better", head, body)
     console = Console(width=max(150, Console().width))
-    console.print(table)
     if not settings.evaluate:
         console.print("controls: the trained bridge with a wrong source; evaluate=true trains them")
     for verdict in verdicts:
@@ -132,17 +131,71 @@ def write_bridge_report(
             console.print(f"   {line}")
 
 
-def write_videos(folder: Path, target: str, found: Mapping[str, Mapping[str, float]]) -> None:
-    """videos-<target>.json, and the same on the terminal."""
-    write_json(folder / f"videos-{target}.json", found)
-    table = Table(title="composite clips rendered whole: what the caption says is there")
-    columns = list(next(iter(found.values())))
-    for name in ("", *columns):
-        table.add_column(name, justify="right" if name else "left")
-    for method, row in found.items():
-        shown = [f"{row[c]:.1f} dB" if c == "psnr" else f"{row[c]:.0%}" for c in columns]
-        table.add_row(method, *shown)
-    Console().print(table)
+def known_verdict(bridge: Path, target: str) -> list[str]:
+    """What the evaluation beside a bridge's file says of it, a sentence per question."""
+    path = bridge.with_name(f"evaluation-{target}.json")
+    try:
+        verdict = json.loads(path.read_text(encoding="utf-8"))["verdict"]
+        return [
+            f"{path.name} beside the bridge, {name}, {told['question']}: "
+            f"{WORDS[told['passed']]} ({'; '.join(told['lines'])})."
+            for name, told in verdict.items()
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def write_videos(folder: Path, target: str, found: Mapping[str, Sequence[Seen]]) -> None:
+    """videos-<target>.json and .md, and the same on the terminal: means over clips, and over the
+    training runs of one method, with the standard error over clips.
+    """
+    scores = {name: [seen.scores for seen in videos] for name, videos in found.items()}
+    write_json(folder / f"videos-{target}.json", scores)
+    groups: dict[str, list[list[dict[str, float]]]] = {}
+    for name, videos in scores.items():
+        groups.setdefault(label_of(name), []).append(videos)
+    columns = list(next(iter(scores.values()))[0])
+    titles = ["method", *(VIDEO_COLUMNS.get(column, column) for column in columns)]
+    body = []
+    for label, members in groups.items():
+        cells = [label]
+        for column in columns:
+            per_clip = [
+                sum(videos[i][column] for videos in members) / len(members)
+                for i in range(len(members[0]))
+            ]
+            cells.append(with_error(column, per_clip))
+        body.append(cells)
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in body]
+    write_text(folder / f"videos-{target}.md", "\n".join(lines) + "\n")
+    count = len(next(iter(scores.values())))
+    print_table(f"{count} held-out clips rendered whole into {target}", titles, body)
+
+
+def with_error(column: str, values: Sequence[float]) -> str:
+    mean, error = sum(values) / len(values), 0.0
+    if len(values) > 1:
+        variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+        error = (variance / len(values)) ** 0.5
+    if column == "latent":
+        return f"{mean:.3f} ± {error:.3f}"
+    return f"{mean:.1f} ± {error:.1f}" if column == "psnr" else f"{mean:.0%} ± {error:.0%}"
+
+
+def print_table(title: str, head: Sequence[str], body: Sequence[Cells]) -> None:
+    table = Table(title=title)
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for cells in body:
+        table.add_row(*cells)
+    Console(width=max(150, Console().width)).print(table)
+
+
+def label_of(name: str) -> str:
+    """`0|router` -> what the tables call it, whichever training run it is of."""
+    number, _, method = name.rpartition("|")
+    return NAMES.get(method, method) if number else name
 
 
 def table_of(
@@ -153,9 +206,7 @@ def table_of(
     """
     groups: dict[str, list[Any]] = {}
     for row in rows:
-        number, _, name = row.name.rpartition("|")
-        label = NAMES.get(name, name) if number else row.name
-        groups.setdefault(label, []).append(row)
+        groups.setdefault(label_of(row.name), []).append(row)
     head = ["method", *domains, "mean", "forwards", "measured cost", "parameters"]
     body = []
     for label, members in groups.items():

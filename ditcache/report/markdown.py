@@ -15,7 +15,8 @@ DASH = "–"
 KINDS = {
     "a": "A, the reference",
     "b": "B, the candidate",
-    "fewer_steps": "fewer steps, same compute",
+    "control": "control",
+    "fewer_steps": "same compute, plain",
     "noise_floor": "noise floor",
 }
 METRICS = (
@@ -26,8 +27,9 @@ METRICS = (
     ("latent", "latent L2 ↓", ".3g"),
     ("lpips", "LPIPS ↓", ".4f"),
     ("vmaf", "VMAF ↑", ".1f"),
+    ("obeyed", "as asked ↑", ".0%"),
 )
-OPTIONAL = ("lpips", "vmaf")
+OPTIONAL = ("lpips", "vmaf", "obeyed")
 
 
 def write_markdown(folder: Path, report: Mapping[str, Any]) -> None:
@@ -76,7 +78,7 @@ def verdict(gate: Mapping[str, Any] | None) -> str:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    metrics = [m for m in METRICS if m[0] not in OPTIONAL or any(row[m[0]] for row in rows)]
+    metrics = [m for m in METRICS if m[0] not in OPTIONAL or any(row.get(m[0]) for row in rows)]
     columns = ["run", "", "steps", "speed-up ↑", "compute ratio", "bound reached"]
     columns += ["denoise", "peak memory", "cache state", *(title for _, title, _ in metrics)]
     return table(columns, [run(row, metrics) for row in rows], text=2)
@@ -99,7 +101,7 @@ def run(row: Mapping[str, Any], metrics: Iterable[tuple[str, str, str]]) -> list
 
 
 def score(row: Mapping[str, Any], key: str, style: str) -> str:
-    if row[key] is not None and row[key]["mean"] is not None:
+    if row.get(key) is not None and row[key]["mean"] is not None:
         return spread(row[key], "mean", style)
     same = key == "psnr" and row["identical"] and row["kind"] != "a"
     return "identical" if same else DASH

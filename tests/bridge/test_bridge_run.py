@@ -15,7 +15,8 @@ from ditcache.bridge.projectors.full import Full
 from ditcache.bridge.projectors.gating import Gating
 from ditcache.bridge.projectors.identity import Identity
 from ditcache.bridge.projectors.weighted import Weighted
-from ditcache.bridge.run import Bridge, Source, walk
+from ditcache.bridge.readers import walk
+from ditcache.bridge.run import Bridge, Source
 from ditcache.errors import DitcacheError
 from ditcache.store.device import DeviceStore
 from ditcache.store.tiered import TieredStore

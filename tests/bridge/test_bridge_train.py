@@ -11,14 +11,15 @@ from random_checkpoints import small_transformer
 
 from ditcache import cli
 from ditcache.bridge.capture import capture, shape_of
-from ditcache.bridge.controls import OutputAverage, TimestepSwitch, WeightAverage
-from ditcache.bridge.evaluate import losses_of, untrained_rows
+from ditcache.bridge.controls import Alone, OutputAverage, TimestepSwitch, WeightAverage
+from ditcache.bridge.evaluate import losses_of, measure_costs, untrained
 from ditcache.bridge.fingerprint import fingerprint
 from ditcache.bridge.fusion import Fusion
 from ditcache.bridge.pair import Draw, Pair, lagged_state
 from ditcache.bridge.projectors.full import Full
 from ditcache.bridge.projectors.gating import Gating
 from ditcache.bridge.samples import Caption, Samples, load_samples, save_samples
+from ditcache.bridge.sampling import Sampling, sampled
 from ditcache.bridge.saved import End, Header, load_net, read_header, save_bridge
 from ditcache.bridge.short_text import short_text
 from ditcache.bridge.students import Bridged, LowRankUpdate, Router
@@ -234,12 +235,40 @@ def test_held_out_losses_are_per_clip_and_repeatable(pair):
     assert losses["bridge"].shape == (3,) and (losses["bridge"] > 0).all()
     again = losses_of(pair, found, FUSION, "test", nullcontext)
     assert torch.equal(losses["bridge"], again["bridge"])
-    rows = {row.name: row for row in untrained_rows(pair, FUSION, nullcontext, lambda: None)}
-    assert set(rows) == {
+    chosen = untrained(pair, FUSION, nullcontext, lambda: None)
+    mixes = {name: student for name, (student, _) in chosen.items()}
+    assert set(mixes) == {
         "target alone", "source alone", "output averaging", "timestep switching",
         "weight average", "weighted, fixed alpha", "identity",
     }  # fmt: skip
-    assert torch.allclose(rows["target alone"].losses, losses["bridge"])  # it is untrained
+    assert all(chosen[name][1] for name in list(mixes)[2:-1])  # settings are picked
+    known = losses_of(pair, mixes, FUSION, "test", nullcontext)
+    assert torch.allclose(known["target alone"], losses["bridge"])  # it is untrained
+    costs = measure_costs(pair, {**mixes, **students(pair)}, FUSION, nullcontext, repeats=1)
+    assert len(costs) == 12 and all(cost > 0 for cost in costs.values())
+
+
+def test_whole_denoisings(pair):
+    """A closed bridge ends where the target alone does, from noise that depends on the clip."""
+    from contextlib import nullcontext
+
+    closed = Bridged(Gating(projector_hidden_dim=8).make(SHAPE, SHAPE), FUSION)
+    found = {
+        "target": Alone(), "source": Alone(source=True), "closed": closed,
+        "self": students(pair)["self"], "averaged": OutputAverage(0.5),
+    }  # fmt: skip
+    rows = pair.samples.rows("test")
+    sampling = Sampling(steps=3, shift=3.0, guidance=4.0)
+    made = sampled(pair, found, rows, FUSION, sampling, nullcontext)
+    assert made["target"].shape == (len(rows), 16, 2, 4, 4)
+    assert torch.equal(made["closed"], made["target"]) and torch.equal(made["self"], made["target"])
+    assert not torch.equal(made["source"], made["target"])
+    assert not torch.equal(made["averaged"], made["target"])
+    few = sampled(pair, {"target": Alone()}, rows[1:2], FUSION, sampling, nullcontext)
+    torch.testing.assert_close(few["target"][0], made["target"][1], rtol=1e-4, atol=1e-4)
+    plain = sampled(pair, found, rows, FUSION, Sampling(3, 3.0, 1.0), nullcontext)
+    assert not torch.equal(plain["target"], made["target"])
+    assert sampling.sigmas[0] == 1 and sampling.sigmas[-1] == 0 and len(sampling.sigmas) == 4
 
 
 def test_samples_round_trip_and_refuse_other_models(tmp_path):
@@ -388,13 +417,19 @@ def test_bridge_train_from_the_command_line(tmp_path, capsys):
     small = ["data.train=1", "data.validation=1", "data.test=1", f"data.cache={tmp_path}/clips"]
     small += ["steps=2", "batch_size=2", "projector.projector_hidden_dim=4", "mixed_precision=no"]
     run = ["bridge-train", *small, f"hydra.run.dir={tmp_path}/run"]
-    assert cli.run([*run, "evaluate=true", "controls=[shuffled]"]) == 0
+    asked = ["evaluate=true", "controls=[shuffled,router,lora]", "videos=1"]
+    assert cli.run([*run, *asked, "model.steps=2"]) == 0
     said = capsys.readouterr().out
     assert "P1" in said and "parameters" in said
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"bridge.safetensors", "losses.png", "losses.jsonl", "clips.safetensors"} <= names
     assert {"evaluation-wan.json", "evaluation-wan.md", "config.yaml"} <= names
     told = json.loads((tmp_path / "run" / "evaluation-wan.json").read_text())
+    videos = json.loads((tmp_path / "run" / "videos-wan.json").read_text())
+    assert videos.keys() == told["rows"].keys() and len(videos["target alone"]) == 1
+    scores = {"colour", "shape", "direction", "all", "psnr", "latent"}
+    assert all(set(one) == scores for found in videos.values() for one in found)
+    assert all(row["cost"] > 0 for row in told["rows"].values())
     assert told["domains"] == DOMAINS and set(told["verdict"]) == {"P1", "P2", "P3"}
     header = read_header(tmp_path / "run" / "bridge.safetensors")
     assert header.ways == ("wan",) and header.ends["chrono"].model == "tiny_chronoedit"
@@ -403,3 +438,25 @@ def test_bridge_train_from_the_command_line(tmp_path, capsys):
     metrics = json.loads((tmp_path / "video" / "metrics.json").read_text())
     assert metrics["video"][0]["bridge"]["source_forwards"] == 4
     assert metrics["video"][0]["bridge"]["cost"] == 2.0
+    # The bridge's own controls stand beside it in ab-test, each with its cost.
+    compare = ["ab-test", "model=tiny_i2v", f"+bridge={tmp_path}/run", "num_frames=29"]
+    compare += ["steps=2", "cache=none"]
+    folder = [f"baseline.folder={tmp_path}/base", f"hydra.run.dir={tmp_path}/ab"]
+    words = "prompt=['the star moves left and becomes yellow','it becomes a circle']"
+    assert cli.run([*compare, *folder, words, "controls=1"]) == 0
+    report = json.loads((tmp_path / "ab" / "report.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == [
+        "none", "bridge", "shuffled source", "source alone", "output averaging",
+        "timestep switching", "weight average", "output router", "LoRA of equal size",
+        "more steps", "noise floor",
+    ]  # fmt: skip
+    ratios = {name: row["compute_ratio"] for name, row in rows.items()}
+    half = {"bridge", "shuffled source", "output averaging", "output router", "more steps"}
+    assert {name for name, ratio in ratios.items() if ratio == 0.5} == half
+    assert all(ratio == 1 for name, ratio in ratios.items() if name not in half)
+    assert rows["more steps"]["steps"] == 4 and not rows["bridge"]["identical"]
+    assert all(row["obeyed"] is not None for row in rows.values())
+    assert {d["key"] for d in report["difference"]} >= {"bridge.path", "bridge.fusion.branches"}
+    assert any("P1" in note for note in report["notes"])
+    assert "as asked" in capsys.readouterr().out
