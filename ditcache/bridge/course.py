@@ -278,7 +278,11 @@ class Course:
 
 
 def fresh_accelerator(mixed_precision: str, *, cpu: bool) -> Accelerator:
-    """Accelerate keeps one state per process, which the jobs of a sweep may set differently."""
+    """Accelerate keeps one state per process, which the jobs of a sweep may set differently.
+    mixed_precision: `auto` is none on a CPU, where autocast costs more time than it saves.
+    """
+    if mixed_precision == "auto":
+        mixed_precision = "no" if cpu else "bf16"
     AcceleratorState._reset_state()
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision)
 

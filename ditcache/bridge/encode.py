@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -86,20 +87,21 @@ def folder_samples(
     return collected(bundles, encoded, numbers, split, domains)
 
 
-def read_video(path: Path, height: int, width: int, num_frames: int) -> np.ndarray:
+def read_video(file: Path, height: int, width: int, num_frames: int) -> np.ndarray:
     """uint8 [num_frames, H, W, 3], scaled. Raises ConfigError."""
     import imageio_ffmpeg
 
-    try:
-        reader = imageio_ffmpeg.read_frames(path, output_params=["-s", f"{width}x{height}"])
-        next(reader)  # what the file says of itself; frames come scaled
-        found = [np.frombuffer(frame, np.uint8) for frame, _ in zip(reader, range(num_frames))]  # noqa: B905
-        reader.close()
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"data.path: cannot read {path}: {error}") from None
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(file)]
+    command += ["-frames:v", str(num_frames), "-s", f"{width}x{height}"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    told = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    if told.returncode:
+        reason = told.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no video"]
+        raise ConfigError(f"data.path: cannot read {file}: {reason[0]}")
+    found = np.frombuffer(told.stdout, np.uint8).reshape(-1, height, width, 3)
     if len(found) < num_frames:
-        raise ConfigError(f"data.path: {path} has {len(found)} frames, needs {num_frames}")
-    return np.stack(found).reshape(num_frames, height, width, 3)
+        raise ConfigError(f"data.path: {file} has {len(found)} frames, needs {num_frames}")
+    return found
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from ditcache.errors import ConfigError, one_of
 from ditcache.models.base import Model
 
 CONTROLS = ("self", "shuffled", "router", "lora")
-PRECISIONS = ("no", "bf16", "fp16")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,7 @@ class BridgeTrainSettings:
     caption_dropout: float
     partner: str | None = None
     partner_path: str | None = None
-    mixed_precision: str = "no"
+    mixed_precision: str = "auto"
     gradient_checkpointing: bool = False
     seed: int = 0
     save_every: int = 50

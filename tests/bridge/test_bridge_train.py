@@ -25,7 +25,9 @@ from ditcache.bridge.short_text import short_text
 from ditcache.bridge.students import Bridged, LowRankUpdate, Router
 from ditcache.bridge.train import Recipe, train
 from ditcache.bridge.verdict import Losses, judge, paired
+from ditcache.clips.edits import draw_clip
 from ditcache.errors import ConfigError, DitcacheError
+from ditcache.video import write_mp4
 
 FUSION = Fusion(fusion_direction="chrono_to_wan")
 DOMAINS = ["motion", "edit", "composite"]
@@ -460,3 +462,32 @@ def test_bridge_train_from_the_command_line(tmp_path, capsys):
     assert {d["key"] for d in report["difference"]} >= {"bridge.path", "bridge.fusion.branches"}
     assert any("P1" in note for note in report["notes"])
     assert "as asked" in capsys.readouterr().out
+
+
+def test_a_folder_of_videos_and_the_latents_of_an_earlier_run(tmp_path, capsys):
+    for domain in ("motion", "composite"):
+        (tmp_path / "videos" / domain).mkdir(parents=True)
+        for number in range(3):
+            clip = draw_clip(domain, np.random.default_rng(number))
+            file = tmp_path / "videos" / domain / f"{number}.mp4"
+            write_mp4(file, clip.frames / 255, fps=16)
+            file.with_suffix(".txt").write_text(clip.scene.caption)
+    run = ["bridge-train", "data=folder", f"data.path={tmp_path}/videos", "data.wan_domain=motion"]
+    small = ["steps=1", "batch_size=2", "projector=weighted", "mixed_precision=no", "videos=1"]
+    small += ["model.steps=1"]
+    assert cli.run([*run, *small, f"hydra.run.dir={tmp_path}/run"]) == 0
+    told = json.loads((tmp_path / "run" / "evaluation-wan.json").read_text())
+    assert sorted(told["domains"]) == ["composite", "motion"]
+    (video,) = json.loads((tmp_path / "run" / "videos-wan.json").read_text())["target alone"]
+    assert set(video) == {"psnr", "latent"}  # captions of any world cannot be read back
+    data = ["data=latents", f"data.path={tmp_path}/run/clips.safetensors", "data.wan_domain=motion"]
+    assert cli.run(["bridge-train", *data, *small, f"hydra.run.dir={tmp_path}/again"]) == 0
+    again = json.loads((tmp_path / "again" / "evaluation-wan.json").read_text())
+    assert again["rows"]["target alone"]["losses"] == told["rows"]["target alone"]["losses"]
+    (tmp_path / "videos" / "motion" / "2.mp4").write_bytes(b"nothing")
+    assert cli.run([*run, *small, f"hydra.run.dir={tmp_path}/broken"]) == 2
+    assert "data.path: cannot read" in capsys.readouterr().err
+    (tmp_path / "videos" / "motion" / "1.txt").unlink()
+    assert cli.run([*run, *small, f"hydra.run.dir={tmp_path}/none"]) == 2
+    assert "1.mp4 has no caption 1.txt beside it" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
