@@ -26,6 +26,10 @@ class FullNet(Net):
         self.spec = spec
         forms = {"kronecker": Kronecker, "low_rank": LowRank, "dense": Dense}
         closed = spec.gate == "none"
+        if spec.form == "kronecker":
+            self.numbers = target.heads * (
+                target.head_dim if closed else max(target.head_dim, spec.projector_hidden_dim)
+            )
         self.maps = nn.ModuleDict(
             {
                 str(layer): forms[spec.form](source, target, spec.rank, closed)
@@ -42,7 +46,7 @@ class FullNet(Net):
                 }
             )
 
-    def forward(self, layer: int, source: KeyValues, target: KeyValues, time: Tensor) -> KeyValues:
+    def fused(self, layer: int, source: KeyValues, target: KeyValues, time: Tensor) -> KeyValues:
         mapped = self.maps[str(layer)](*source)
         if self.spec.gate == "none":
             return target[0] + mapped[0], target[1] + mapped[1]

@@ -22,10 +22,17 @@ if TYPE_CHECKING:
 
 KeyValues = tuple[Tensor, Tensor]
 TIME_DIM = 256  # of the sinusoidal embedding of sigma
+SLICE = 2**17  # numbers per tensor, 512 KiB in fp32: a few such stay in a CPU's cache
 
 
 class Net(nn.Module):
-    """Base: knows which layers it fuses. partners: target layer -> source layer."""
+    """Base: knows which layers it fuses. partners: target layer -> source layer.
+
+    numbers: per token, in the largest tensor that comes up on the way. 0 where large matrices are
+    read, which pays only for many tokens at once.
+    """
+
+    numbers = 0
 
     def __init__(self, source: Shape, target: Shape):
         super().__init__()
@@ -38,6 +45,28 @@ class Net(nn.Module):
 
     def forward(self, layer: int, source: KeyValues, target: KeyValues, time: Tensor) -> KeyValues:
         """Keys and values of target layer `layer` to attend to."""
+        count = self.tokens_at_once(target[0])
+        if count >= target[0].shape[1]:
+            return self.fused(layer, source, target, time)
+        fused = (torch.empty_like(target[0]), torch.empty_like(target[1]))
+        parts = zip(*(x.split(count, 1) for x in (*source, *target, *fused)), strict=True)
+        for s_key, s_value, t_key, t_value, key, value in parts:
+            found = self.fused(layer, (s_key, s_value), (t_key, t_value), time)
+            key.copy_(found[0])
+            value.copy_(found[1])
+        return fused
+
+    def tokens_at_once(self, target: Tensor) -> int:
+        """All of them where gradients are kept, and on a GPU. A CPU without gradients takes slices,
+        so that nothing on the way leaves its cache.
+        """
+        batch, tokens = target.shape[:2]
+        if not self.numbers or torch.is_grad_enabled() or target.device.type != "cpu":
+            return tokens
+        return max(1, SLICE // (batch * self.numbers))
+
+    def fused(self, layer: int, source: KeyValues, target: KeyValues, time: Tensor) -> KeyValues:
+        """`forward` for the tokens given, which do not look at each other."""
         key, value = (self.one(layer, i, source[i], target[i], time) for i in (0, 1))
         return key, value
 
@@ -54,7 +83,7 @@ class IdentityNet(Net):
 class WeightedNet(Net):
     def __init__(self, spec: Weighted, source: Shape, target: Shape):
         super().__init__(source, target)
-        self.alpha, self.raw = spec.fusion_alpha, None
+        self.alpha, self.raw, self.numbers = spec.fusion_alpha, None, target.width
         if spec.learnable_alpha:
             count, heads = target.layers, target.heads
             sizes = {"global": (1,), "layer": (count, 2), "head": (count, 2, heads)}
@@ -80,8 +109,8 @@ class GateNet(nn.Module):
     def forward(self, features: Tensor, time: Tensor | None, bias: Tensor | None) -> Tensor:
         hidden = self.into(features)
         if time is not None:  # [B, hidden] under the tokens and, if they are there, heads
-            hidden = hidden + time.view(len(time), *[1] * (hidden.dim() - 2), -1)
-        raw = self.out(F.silu(hidden))
+            hidden += time.view(len(time), *[1] * (hidden.dim() - 2), -1)
+        raw = self.out(F.silu(hidden, inplace=not torch.is_grad_enabled()))
         return torch.tanh(raw if bias is None else raw + bias)
 
 
@@ -98,18 +127,25 @@ class GatingNet(Net):
             GateNet(features, spec.projector_hidden_dim, outputs) for _ in range(copies)
         )
         self.time = nn.Linear(TIME_DIM, spec.projector_hidden_dim) if spec.time_embedding else None
+        self.numbers = 0 if flat else heads * max(features, spec.projector_hidden_dim)
         self.bias = None
         if spec.layer_bias:
             count = {"head": heads, "token": 1, "value": heads * size}[spec.gate_granularity]
             self.bias = nn.Parameter(torch.zeros(target.layers, 2, count))
 
-    def one(self, layer: int, which: int, source: Tensor, target: Tensor, time: Tensor) -> Tensor:
-        return target + self.gate(layer, which, source, target, time) * (source - target)
+    def forward(self, layer: int, source: KeyValues, target: KeyValues, time: Tensor) -> KeyValues:
+        if self.time is not None:  # once for keys, values and all tokens
+            time = self.time(time_features(time).to(target[0].dtype))
+        return super().forward(layer, source, target, time)
 
-    def gate(self, layer: int, which: int, source: Tensor, target: Tensor, time: Tensor) -> Tensor:
-        """[B, N, H or 1, D or 1]"""
+    def one(self, layer: int, which: int, source: Tensor, target: Tensor, time: Tensor) -> Tensor:
+        change = source - target
+        return torch.addcmul(target, self.gate(layer, which, target, change, time), change)
+
+    def gate(self, layer: int, which: int, target: Tensor, change: Tensor, time: Tensor) -> Tensor:
+        """[B, N, H or 1, D or 1]. change: source - target. time [B, hidden]: embedded."""
         spec, heads = self.spec, target.shape[2]
-        seen = [target, source - target] if spec.gate_input == "both" else [target]
+        seen = [target, change] if spec.gate_input == "both" else [target]
         if spec.gate_net == "flat":
             features = torch.cat([x.flatten(2) for x in seen], -1)  # [B, N, 1 or 2 C]
         else:
@@ -118,9 +154,7 @@ class GatingNet(Net):
                 features = features.mean(2)
         index = 0 if spec.share_layers else layer
         net = self.gates[index] if spec.share_key_value else self.gates[2 * index + which]
-        when = None
-        if self.time is not None:
-            when = self.time(time_features(time).to(target.dtype))
+        when = None if self.time is None else time
         bias = None if self.bias is None else self.bias[layer, which]
         if bias is not None and spec.gate_net == "per_head" and spec.gate_granularity != "token":
             bias = bias.view(heads, -1)
