@@ -2,7 +2,8 @@
 
     python scripts/bench_bridge.py                   # schedules of the shipped bridge into Wan
     python scripts/bench_bridge.py --bridge outputs/bridge-train/.../bridge.safetensors
-    python scripts/bench_bridge.py --block           # the projector's share at a 14B model's width
+    python scripts/bench_bridge.py --block           # projectors' shares at a 14B model's width
+    python scripts/bench_bridge.py --block --tokens 12480    # ... at 480p and 8 latent frames
 
 Effect kept: 1 - distance of the final latents to those of a source asked at every step, over the
 distance of no bridge to them. Source and target are equally large here, so that cost is 1 + source
@@ -11,7 +12,9 @@ forwards / target forwards. CPU seconds are the process's own and do not see wha
 
 import argparse
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -26,6 +29,7 @@ from ditcache.bridge.fusion import Fusion
 from ditcache.bridge.nets import Net
 from ditcache.bridge.pair import Draw, Pair
 from ditcache.bridge.projectors.base import Shape
+from ditcache.bridge.projectors.full import Full
 from ditcache.bridge.projectors.gating import Gating
 from ditcache.bridge.projectors.weighted import Weighted
 from ditcache.bridge.run import Bridge, Source
@@ -49,7 +53,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--shift", type=float, default=3.0)
     parser.add_argument("--clips", type=int, default=8, help="of the composite domain, held out")
-    parser.add_argument("--block", action="store_true", help="only the share at 40 x 128 heads")
+    parser.add_argument("--block", action="store_true", help="only the shares at 40 x 128 heads")
     parser.add_argument("--tokens", type=int, default=1024, help="for --block")
     arguments = parser.parse_args()
     if arguments.block:
@@ -151,34 +155,41 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @torch.no_grad()
 def at_width(tokens: int) -> None:
-    """The recommended projector beside one block of a 14B Wan, fp32, on this machine: what a step
-    with a fresh source does per layer is two blocks and one fusion.
+    """Projectors beside one block of a 14B Wan, fp32, on this machine: what a step with a fresh
+    source does per layer is two blocks and one fusion.
     """
     from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
     shape = Shape(layers=40, heads=40, head_dim=128)
     block = WanTransformerBlock(shape.width, 13824, shape.heads, cross_attn_norm=True).eval()
-    nets = {"gating": Gating().make(shape, shape), "weighted": Weighted().make(shape, shape)}
+    specs = {"gating": Gating(), "weighted": Weighted(), "full (kronecker)": Full()}
+    nets = {name: spec.make(shape, shape) for name, spec in specs.items()}
     hidden, text = torch.randn(1, tokens, shape.width), torch.randn(1, 512, shape.width)
     modulation = torch.randn(1, 6, shape.width)
     rotary = (torch.ones(1, tokens, 1, 128), torch.zeros(1, tokens, 1, 128))
     keys_values = [torch.randn(1, tokens, shape.heads, shape.head_dim) for _ in range(4)]
     two, one = tuple(keys_values[:2]), tuple(keys_values[2:])
-    taken: dict[str, list[float]] = {name: [] for name in ("block", *nets)}
-    for _ in range(3):
-        started = time.process_time()
-        block(hidden, text, modulation, rotary)
-        taken["block"].append(time.process_time() - started)
-        for name, net in nets.items():
-            started = time.process_time()
-            net(20, two, one, torch.tensor([0.5]))
-            taken[name].append(time.process_time() - started)
-    seconds = {name: float(np.median(found)) for name, found in taken.items()}
-    print(f"blocks of 40 x 128, {tokens} tokens: {seconds['block']:.2f} s of CPU each")
+    work = {name: partial(net, 20, two, one, torch.tensor([0.5])) for name, net in nets.items()}
+    seconds = clocked({"block": partial(block, hidden, text, modulation, rotary), **work})
+    table = Table(title=f"blocks of 40 x 128, {tokens} tokens: {seconds['block']:.2f} s each")
+    for name in ("projector", "parameters", "CPU seconds", "share of a bridged step"):
+        table.add_column(name, justify="left" if name == "projector" else "right")
     for name, net in nets.items():
         share = seconds[name] / (2 * seconds["block"] + seconds[name])
-        count = f"{net.num_parameters:,} parameters"
-        print(f"{name}, {count}: {seconds[name]:.3f} s, {share:.2%} of a bridged step")
+        table.add_row(name, f"{net.num_parameters:,}", f"{seconds[name]:.3f}", f"{share:.2%}")
+    Console(width=130).print(table)
+
+
+def clocked(work: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Median CPU seconds of each, taking turns: three, or as many as begin within a minute."""
+    taken: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(3):
+        for name, run in work.items():
+            if sum(taken[name]) < 60:
+                started = time.process_time()
+                run()
+                taken[name].append(time.process_time() - started)
+    return {name: float(np.median(found)) for name, found in taken.items()}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from ditcache.ab.settings import AbTestSettings
 from ditcache.metrics.bootstrap import bootstrap
 from ditcache.metrics.measure import GOOD
 from ditcache.report.pareto import mark_front
-from ditcache.report.run_folder import finite, versions
+from ditcache.report.run_folder import command_line, finite, versions
 
 METRICS = ("psnr", "ssim", "temporal", "flicker", "latent", "lpips", "vmaf")
 NAMES = {"fewer_steps": "fewer steps", "noise_floor": "noise floor"}
@@ -43,7 +43,7 @@ def report_of(
     return {
         "schema": 1,
         "title": f"{names['b']} against {names['a']} on {names['model']}",
-        "command": reproduce(),
+        "command": command_line("ab-test"),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "model": names["model"],
         "machine": machine(device),
@@ -199,16 +199,6 @@ def flat(node: DictConfig, prefix: str = "") -> dict[str, str]:
             plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             found[name] = "null" if plain is None else str(plain)
     return found
-
-
-def reproduce() -> str:
-    """The command line of this job."""
-    import shlex
-
-    from hydra.core.hydra_config import HydraConfig
-
-    overrides = [str(item) for item in HydraConfig.get().overrides.task]
-    return shlex.join(["ditcache", "ab-test", *overrides])
 
 
 def machine(device: Any) -> dict[str, Any]:

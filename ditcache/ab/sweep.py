@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from ditcache.report.jobs import read_reports, setting_of, write_csv
 
 COLUMNS = (
     "job", "setting", "compute_ratio", "speedup", "psnr", "psnr_low", "psnr_high", "psnr_worst",
@@ -21,21 +21,10 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     if len(reports) < 2:
         return []
     rows = rows_of(reports)
-    write_csv(folder / "sweep.csv", rows)
+    write_csv(folder / "sweep.csv", COLUMNS, rows)
     write_sweep(folder, reports, rows)
     show(folder, rows)
     return rows
-
-
-def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
-    """Job -> report, by number."""
-    found = {}
-    for path in folder.glob("*/report.json"):
-        try:
-            found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            print(f"ditcache ab-test: {path} is damaged and left out", file=sys.stderr)
-    return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0])))
 
 
 def rows_of(reports: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -70,24 +59,6 @@ PSNR = {"": "mean", "_low": "low", "_high": "high", "_worst": "worst"}
 def point_of(reports: dict[str, dict[str, Any]], job: str) -> dict[str, Any]:
     own = next(p for p in reports[job]["points"] if p["kind"] == "b")
     return {**own, "kind": "sweep", "name": setting_of(reports, job)}
-
-
-def setting_of(reports: dict[str, dict[str, Any]], job: str) -> str:
-    """What this job has that others have not: its words on the command line."""
-    words = {name: report["command"].split()[2:] for name, report in reports.items()}
-    shared = set.intersection(*(set(own) for own in words.values()))
-    return " ".join(word for word in words[job] if word not in shared) or job
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    import csv
-
-    from ditcache.files import complete_file
-
-    with complete_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def write_sweep(folder: Path, reports: dict[str, dict[str, Any]], rows: list[dict]) -> None:

@@ -1,4 +1,5 @@
-"""The weights of projectors. Letters: L layers, B batch, N tokens, H heads, D head size, C = H * D.
+"""The weights of projectors; those of `projector=full` are in matrices.py. Letters: L layers, B
+batch, N tokens, H heads, D head size, C = H * D.
 
 Every net fuses one layer's keys and values: `net(layer, source, target, time)`, each a pair of
 [B, N, H, D]. Only fused layers are in a net's `layers`. Time [B] is sigma, 1 to 0.
@@ -7,7 +8,7 @@ Every net fuses one layer's keys and values: `net(layer, source, target, time)`,
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +17,22 @@ from torch import Tensor, nn
 from ditcache.bridge.projectors.base import Shape, partners
 
 if TYPE_CHECKING:
-    from ditcache.bridge.projectors.full import Full
     from ditcache.bridge.projectors.gating import Gating
     from ditcache.bridge.projectors.weighted import Weighted
 
 KeyValues = tuple[Tensor, Tensor]
 TIME_DIM = 256  # of the sinusoidal embedding of sigma
+SLICE = 2**17  # numbers per tensor, 512 KiB in fp32: a few such stay in a CPU's cache
 
 
 class Net(nn.Module):
-    """Base: knows which layers it fuses. partners: target layer -> source layer."""
+    """Base: knows which layers it fuses. partners: target layer -> source layer.
+
+    numbers: per token, in the largest tensor that comes up on the way. 0 where large matrices are
+    read, which pays only for many tokens at once.
+    """
+
+    numbers = 0
 
     def __init__(self, source: Shape, target: Shape):
         super().__init__()
@@ -38,6 +45,28 @@ class Net(nn.Module):
 
     def forward(self, layer: int, source: KeyValues, target: KeyValues, time: Tensor) -> KeyValues:
         """Keys and values of target layer `layer` to attend to."""
+        count = self.tokens_at_once(target[0])
+        if count >= target[0].shape[1]:
+            return self.fused(layer, source, target, time)
+        fused = (torch.empty_like(target[0]), torch.empty_like(target[1]))
+        parts = zip(*(x.split(count, 1) for x in (*source, *target, *fused)), strict=True)
+        for s_key, s_value, t_key, t_value, key, value in parts:
+            found = self.fused(layer, (s_key, s_value), (t_key, t_value), time)
+            key.copy_(found[0])
+            value.copy_(found[1])
+        return fused
+
+    def tokens_at_once(self, target: Tensor) -> int:
+        """All of them where gradients are kept, and on a GPU. A CPU without gradients takes slices,
+        so that nothing on the way leaves its cache.
+        """
+        batch, tokens = target.shape[:2]
+        if not self.numbers or torch.is_grad_enabled() or target.device.type != "cpu":
+            return tokens
+        return max(1, SLICE // (batch * self.numbers))
+
+    def fused(self, layer: int, source: KeyValues, target: KeyValues, time: Tensor) -> KeyValues:
+        """`forward` for the tokens given, which do not look at each other."""
         key, value = (self.one(layer, i, source[i], target[i], time) for i in (0, 1))
         return key, value
 
@@ -54,7 +83,7 @@ class IdentityNet(Net):
 class WeightedNet(Net):
     def __init__(self, spec: Weighted, source: Shape, target: Shape):
         super().__init__(source, target)
-        self.alpha, self.raw = spec.fusion_alpha, None
+        self.alpha, self.raw, self.numbers = spec.fusion_alpha, None, target.width
         if spec.learnable_alpha:
             count, heads = target.layers, target.heads
             sizes = {"global": (1,), "layer": (count, 2), "head": (count, 2, heads)}
@@ -80,8 +109,8 @@ class GateNet(nn.Module):
     def forward(self, features: Tensor, time: Tensor | None, bias: Tensor | None) -> Tensor:
         hidden = self.into(features)
         if time is not None:  # [B, hidden] under the tokens and, if they are there, heads
-            hidden = hidden + time.view(len(time), *[1] * (hidden.dim() - 2), -1)
-        raw = self.out(F.silu(hidden))
+            hidden += time.view(len(time), *[1] * (hidden.dim() - 2), -1)
+        raw = self.out(F.silu(hidden, inplace=not torch.is_grad_enabled()))
         return torch.tanh(raw if bias is None else raw + bias)
 
 
@@ -98,18 +127,25 @@ class GatingNet(Net):
             GateNet(features, spec.projector_hidden_dim, outputs) for _ in range(copies)
         )
         self.time = nn.Linear(TIME_DIM, spec.projector_hidden_dim) if spec.time_embedding else None
+        self.numbers = 0 if flat else heads * max(features, spec.projector_hidden_dim)
         self.bias = None
         if spec.layer_bias:
             count = {"head": heads, "token": 1, "value": heads * size}[spec.gate_granularity]
             self.bias = nn.Parameter(torch.zeros(target.layers, 2, count))
 
-    def one(self, layer: int, which: int, source: Tensor, target: Tensor, time: Tensor) -> Tensor:
-        return target + self.gate(layer, which, source, target, time) * (source - target)
+    def forward(self, layer: int, source: KeyValues, target: KeyValues, time: Tensor) -> KeyValues:
+        if self.time is not None:  # once for keys, values and all tokens
+            time = self.time(time_features(time).to(target[0].dtype))
+        return super().forward(layer, source, target, time)
 
-    def gate(self, layer: int, which: int, source: Tensor, target: Tensor, time: Tensor) -> Tensor:
-        """[B, N, H or 1, D or 1]"""
+    def one(self, layer: int, which: int, source: Tensor, target: Tensor, time: Tensor) -> Tensor:
+        change = source - target
+        return torch.addcmul(target, self.gate(layer, which, target, change, time), change)
+
+    def gate(self, layer: int, which: int, target: Tensor, change: Tensor, time: Tensor) -> Tensor:
+        """[B, N, H or 1, D or 1]. change: source - target. time [B, hidden]: embedded."""
         spec, heads = self.spec, target.shape[2]
-        seen = [target, source - target] if spec.gate_input == "both" else [target]
+        seen = [target, change] if spec.gate_input == "both" else [target]
         if spec.gate_net == "flat":
             features = torch.cat([x.flatten(2) for x in seen], -1)  # [B, N, 1 or 2 C]
         else:
@@ -118,9 +154,7 @@ class GatingNet(Net):
                 features = features.mean(2)
         index = 0 if spec.share_layers else layer
         net = self.gates[index] if spec.share_key_value else self.gates[2 * index + which]
-        when = None
-        if self.time is not None:
-            when = self.time(time_features(time).to(target.dtype))
+        when = None if self.time is None else time
         bias = None if self.bias is None else self.bias[layer, which]
         if bias is not None and spec.gate_net == "per_head" and spec.gate_granularity != "token":
             bias = bias.view(heads, -1)
@@ -138,146 +172,3 @@ def time_features(time: Tensor) -> Tensor:
     rates = torch.exp(-math.log(10_000) * torch.arange(half, device=time.device) / half)
     angles = 1000 * time.float()[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], -1)
-
-
-class FullNet(Net):
-    """P per layer, for keys and values apart or, of low rank, together."""
-
-    def __init__(self, spec: Full, source: Shape, target: Shape):
-        super().__init__(source, target)
-        self.spec = spec
-        forms = {"kronecker": Kronecker, "low_rank": LowRank, "dense": Dense}
-        closed = spec.gate == "none"
-        self.maps = nn.ModuleDict(
-            {
-                str(layer): forms[spec.form](source, target, spec.rank, closed)
-                for layer in self.partners
-            }
-        )
-        self.gates = nn.ModuleDict()
-        if not closed:
-            size, hidden = target.head_dim, spec.projector_hidden_dim
-            self.gates.update(
-                {
-                    str(layer): nn.ModuleList(GateNet(size, hidden, 1) for _ in range(2))
-                    for layer in self.partners
-                }
-            )
-
-    def forward(self, layer: int, source: KeyValues, target: KeyValues, time: Tensor) -> KeyValues:
-        mapped = self.maps[str(layer)](*source)
-        if self.spec.gate == "none":
-            return target[0] + mapped[0], target[1] + mapped[1]
-        gates: Any = self.gates[str(layer)]
-        key, value = (
-            target[i] + gates[i](target[i], None, None) * (mapped[i] - target[i]) for i in (0, 1)
-        )
-        return key, value
-
-
-class Kronecker(nn.Module):
-    """Heads mixed by one matrix, channels by another. closed: the second starts at zero."""
-
-    def __init__(self, source: Shape, target: Shape, rank: int, closed: bool):
-        super().__init__()
-        heads, channels = (
-            torch.eye(target.heads, source.heads).repeat(2, 1, 1),
-            torch.eye(target.head_dim, source.head_dim).repeat(2, 1, 1),
-        )
-        self.heads = nn.Parameter(heads)
-        self.channels = nn.Parameter(channels * (not closed))
-
-    def forward(self, key: Tensor, value: Tensor) -> KeyValues:
-        mapped = [
-            torch.einsum("gh,bnhd,ed->bnge", self.heads[i].to(x), x, self.channels[i].to(x))
-            for i, x in enumerate((key, value))
-        ]
-        return mapped[0], mapped[1]
-
-
-class LowRank(nn.Module):
-    """Keys and values together -> `rank` numbers -> both again. closed: the way out is zero."""
-
-    def __init__(self, source: Shape, target: Shape, rank: int, closed: bool):
-        super().__init__()
-        self.size = (target.heads, target.head_dim)
-        self.down = nn.Linear(2 * source.width, rank, bias=False)
-        self.up = nn.Linear(rank, 2 * target.width, bias=False)
-        if closed:
-            nn.init.zeros_(self.up.weight)
-
-    def forward(self, key: Tensor, value: Tensor) -> KeyValues:
-        both = self.up(self.down(torch.cat([key.flatten(2), value.flatten(2)], -1)))
-        mapped = [x.unflatten(2, self.size) for x in both.chunk(2, -1)]
-        return mapped[0], mapped[1]
-
-
-class Dense(nn.Module):
-    """One matrix over all heads and channels, for keys and for values."""
-
-    def __init__(self, source: Shape, target: Shape, rank: int, closed: bool):
-        super().__init__()
-        self.size = (target.heads, target.head_dim)
-        start = torch.eye(target.width, source.width).repeat(2, 1, 1) * (not closed)
-        self.weight = nn.Parameter(start)
-
-    def forward(self, key: Tensor, value: Tensor) -> KeyValues:
-        mapped = [
-            (x.flatten(2) @ self.weight[i].to(x).mT).unflatten(2, self.size)
-            for i, x in enumerate((key, value))
-        ]
-        return mapped[0], mapped[1]
-
-
-class ConcatNet(Net):
-    """C2C's fuser with a soft scalar gate, for keys and values apart, per layer."""
-
-    def __init__(self, spec: Full, source: Shape, target: Shape):
-        super().__init__(source, target)
-        width = spec.projector_hidden_dim
-        self.fusers = nn.ModuleDict(
-            {
-                str(layer): nn.ModuleList(Fuser(source, target, width) for _ in range(2))
-                for layer in self.partners
-            }
-        )
-
-    def one(self, layer: int, which: int, source: Tensor, target: Tensor, time: Tensor) -> Tensor:
-        return target + self.fusers[str(layer)][which](source, target)  # type: ignore[index]
-
-
-class Fuser(nn.Module):
-    """[s; t] -> residual [B, N, H, D]: gate * weight per token and head * projection, zero at the
-    start.
-    """
-
-    def __init__(self, source: Shape, target: Shape, width: int):
-        super().__init__()
-        self.heads = target.heads
-        self.into = nn.Linear(source.width + target.width, width)
-        self.fusion, self.weighing, self.projecting = (FeedForward(width) for _ in range(3))
-        self.weight, self.projection = (
-            nn.Linear(width, target.heads),
-            nn.Linear(width, target.width),
-        )
-        self.gate = nn.Parameter(torch.ones(()))
-        nn.init.zeros_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
-
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        hidden = self.fusion(self.into(torch.cat([source.flatten(2), target.flatten(2)], -1)))
-        weight = torch.sigmoid(self.weight(self.weighing(hidden)))[..., None]
-        projection = self.projection(self.projecting(hidden)).unflatten(2, (self.heads, -1))
-        return self.gate * weight * projection
-
-
-class FeedForward(nn.Module):
-    """x + Linear(GELU(Linear(RMSNorm(x)))), without biases."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.into, self.out = (nn.Linear(width, width, bias=False) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(F.gelu(self.into(self.norm(x))))

@@ -5,6 +5,7 @@ is any good.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -127,10 +128,15 @@ def run(cfg: DictConfig) -> None:
     course.finish()
 
 
+def after_sweep(folder: Path) -> None:
+    """One table over all jobs of a sweep."""
+    from ditcache.report.bridge_sweep import collect
+
+    collect(folder)
+
+
 def resumed(folder: str) -> Any:
     """The folder of an interrupted run. Raises ConfigError."""
-    from pathlib import Path
-
     path = Path(folder).expanduser()
     if not any(path.glob("checkpoint-*.pt")):
         raise ConfigError(f"resume: {path} holds no checkpoint of bridge-train")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ditcache.files import complete_file
-from ditcache.report.run_folder import versions, write_json, write_jsonl, write_text
+from ditcache.report.run_folder import command_line, versions, write_json, write_jsonl, write_text
 
 if TYPE_CHECKING:
     from ditcache.bridge.evaluate import Row
@@ -96,6 +96,7 @@ def write_bridge_report(
         folder / f"evaluation-{target}.json",
         {
             "target": target,
+            "command": command_line("bridge-train"),
             "evaluate": settings.evaluate,
             "versions": versions(),
             "domains": list(domain),

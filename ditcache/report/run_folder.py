@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shlex
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +30,14 @@ def chosen_options() -> dict[str, str]:
     from hydra.core.hydra_config import HydraConfig
 
     return {str(group): str(option) for group, option in HydraConfig.get().runtime.choices.items()}
+
+
+def command_line(command: str) -> str:
+    """Of this job; without arguments where Hydra has not started it."""
+    from hydra.core.hydra_config import HydraConfig
+
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return shlex.join(["ditcache", command, *map(str, given)])
 
 
 def write_text(path: Path, text: str) -> None:

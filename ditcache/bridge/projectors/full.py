@@ -55,6 +55,6 @@ class Full(Projector):
         """Any two shapes can be mapped."""
 
     def build(self, source: Shape, target: Shape) -> Net:
-        from ditcache.bridge.nets import ConcatNet, FullNet
+        from ditcache.bridge.matrices import ConcatNet, FullNet
 
         return (ConcatNet if self.form == "concat" else FullNet)(self, source, target)
