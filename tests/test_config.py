@@ -68,6 +68,7 @@ USED_BY = {  # groups, and options, that `generate` does not take
     "kv": "rollout",
     "metrics": "ab-test",
     "projector": "bridge-train",
+    "prompts/changes": "ab-test",
     **{f"model/{name}": "rollout" for name in CAUSAL},
 }
 COMMANDS = {

@@ -42,7 +42,9 @@ def around(mean: float, width: float, worst: float) -> dict[str, float]:
 
 
 def row(name: str, kind: str, **more: Any) -> dict[str, Any]:
-    unmeasured = dict.fromkeys(("psnr", "ssim", "temporal", "flicker", "latent", "lpips", "vmaf"))
+    unmeasured = dict.fromkeys(
+        ("psnr", "ssim", "temporal", "flicker", "latent", "lpips", "vmaf", "obeyed")
+    )
     seconds = {"text": 0.0112, "denoise": 1.94, "decode": 0.131, "write": 0.048}
     return {
         "name": name,
