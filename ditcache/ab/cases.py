@@ -6,7 +6,6 @@ interrupted run goes on.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -18,9 +17,12 @@ import numpy as np
 from ditcache.ab.results import Result, digest, plain
 from ditcache.ab.runs import FLOOR, Made, Runner
 from ditcache.ab.settings import AbTestSettings, Case
+from ditcache.bridge.controls_file import controls_path
 from ditcache.bridge.generate import SHUFFLED
+from ditcache.bridge.partner import side_of
 from ditcache.cache.settings import CacheSettings
 from ditcache.clips.captions import obeyed
+from ditcache.files import sha256_of
 from ditcache.metrics.measure import measure
 from ditcache.report.run_folder import write_json
 from ditcache.video import write_mp4
@@ -65,7 +67,7 @@ def fingerprint_of(runner: Runner, case: Case) -> str:
             **runner.key(case, s.steps, 0.0),
             "a": plain(s.a),
             "b": plain(s.candidate),
-            "bridge": bridge_of(s),
+            "bridge": bridge_of(runner, case),
             "store": plain(s.store),
             "metrics": plain(s.metrics),
             "controls": case.index < s.controls,
@@ -101,7 +103,7 @@ def render(runner: Runner, case: Case) -> dict[str, Made]:
     arms = {name: runner.arm(case, caches[name], bridged=bridged[name]) for name in order}
     if case.index < s.controls:
         result = arms["b"][0]
-        fewer = max(1, round(s.steps * result.blocks / result.blocks_total))
+        fewer = max(1, round(s.steps * result.blocks / arms["a"][0].blocks_total))
         arms["fewer_steps"] = runner.uncached(case, steps=fewer)
         arms["noise_floor"] = runner.uncached(case, moved=FLOOR)
         for name in runner.bridge_controls:
@@ -110,12 +112,18 @@ def render(runner: Runner, case: Case) -> dict[str, Made]:
     return arms
 
 
-def bridge_of(settings: AbTestSettings) -> Any:
-    """Everything a bridge's video depends on."""
+def bridge_of(runner: Runner, case: Case) -> Any:
+    """Everything that a bridge's video and its controls depend on."""
+    settings = runner.settings
     if settings.bridge is None:
         return None
     files = [wire.path for wire in settings.bridge.wires if wire.path is not None]
-    return [plain(settings.bridge), [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]]
+    side = side_of(settings.model)
+    files += [path for file in files if (path := controls_path(file, side)).is_file()]
+    known = [plain(settings.bridge), [sha256_of(file) for file in files]]
+    if case.index >= settings.controls:
+        return known
+    return [*known, runner.bridge_controls, plain(case.other)]
 
 
 def obeyed_of(runner: Runner, case: Case, frames: np.ndarray) -> bool | None:

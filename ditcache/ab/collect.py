@@ -40,6 +40,7 @@ def report_of(
     known = dict.fromkeys(arm for entry in entries for arm in entry["arms"])
     arms = ["a", "b", *(arm for arm in known if arm not in labels), *NAMES]
     rows = [row_of(arm, labels.get(arm, arm), entries) for arm in arms]
+    bridged = settings.bridge is not None
     return {
         "schema": 1,
         "title": f"{names['b']} against {names['a']} on {names['model']}",
@@ -59,11 +60,12 @@ def report_of(
             "fps": settings.fps,
             "shift": settings.shift,
             "prompts": len(settings.texts),
+            "bridge": None if settings.bridge is None else settings.bridge.fusion.schedule,
         },
         "difference": difference_of(cfg),
         "arms": {name: {"name": names[name]} for name in ("a", "b")},
         "rows": rows,
-        "points": points_of(rows),
+        "points": points_of(rows, bridged=bridged),
         "videos": [video_of(entry) for entry in entries],
         "gate": None,
         "notes": notes,
@@ -103,13 +105,23 @@ def row_of(arm: str, name: str, entries: Entries) -> dict[str, Any]:
     row["identical"] = all(q["identical"] for q in qualities)
     for metric in METRICS:
         row[metric] = spread(metric, [q[metric] for q in qualities])
-    told = [float(one["obeyed"]) for one in arms if one["obeyed"] is not None]
-    row["obeyed"] = None
-    if told:
-        mean, low, high = bootstrap(told)
-        row["obeyed"] = {"mean": mean, "low": low, "high": high, "worst": min(told)}
+    row["obeyed"] = obeyed_in([entry for entry in own if known_to_all(entry, entries)], arm)
     row["worst_frame"] = finite(min((q["worst_frame"] for q in qualities), default=math.inf))
     return row
+
+
+def known_to_all(entry: dict[str, Any], entries: Entries) -> bool:
+    """Whether every arm that there is was rendered for this case, so that rows can be compared."""
+    return len(entry["arms"]) == max(len(other["arms"]) for other in entries)
+
+
+def obeyed_in(entries: Entries, arm: str) -> dict[str, float] | None:
+    """Share of videos that show what their caption asks for."""
+    told = [float(o) for e in entries if (o := e["arms"][arm]["obeyed"]) is not None]
+    if not told:
+        return None
+    mean, low, high = bootstrap(told)
+    return {"mean": mean, "low": low, "high": high, "worst": min(told)}
 
 
 def speedup(entry: dict[str, Any], arm: str) -> float:
@@ -136,8 +148,10 @@ def spread(metric: str, values: Sequence[float | None]) -> dict[str, float | Non
     return {"mean": mean, "low": low, "high": high, "worst": worst}
 
 
-def points_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For the Pareto picture: everything that was measured against a."""
+def points_of(rows: Sequence[dict[str, Any]], *, bridged: bool) -> list[dict[str, Any]]:
+    """For the Pareto picture: everything that was measured against a. bridged: there is no front,
+    as what is far from a is not worse.
+    """
     points = [
         {
             "name": row["name"],
@@ -149,9 +163,7 @@ def points_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows
         if row["speedup"] is not None
     ]
-    if any(point["kind"] == "control" for point in points):  # far from a is not worse there
-        return [{**point, "front": False} for point in points]
-    return mark_front(points)
+    return [{**p, "front": False} for p in points] if bridged else mark_front(points)
 
 
 def video_of(entry: dict[str, Any]) -> dict[str, Any]:

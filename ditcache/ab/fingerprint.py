@@ -12,6 +12,7 @@ import torch
 
 import ditcache
 from ditcache.ab.results import plain
+from ditcache.files import sha256_of
 from ditcache.models.base import Bundle
 from ditcache.models.zoo import BASE, SHARED, ZOO
 from ditcache.pipeline.denoise import make_scheduler
@@ -77,4 +78,4 @@ def of_code() -> str:
 
 @cache
 def of_picture(path: Path | None) -> str | None:
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+    return None if path is None else sha256_of(path)

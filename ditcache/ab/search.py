@@ -211,7 +211,7 @@ def run_trial(
     ratios, gains, quality = [], [], []
     for case in cases:
         before, reference = runner.arm(case, runner.settings.a)
-        after, frames = runner.arm(case, cache)
+        after, frames = runner.arm(case, cache, bridged=runner.settings.bridge is not None)
         ratios.append(before.blocks_total / after.blocks)
         gains.append(before.seconds["denoise"] / after.seconds["denoise"])
         quality.append(min(metric(reference, frames), 100.0))  # identical: infinite

@@ -145,7 +145,7 @@ class AbTestSettings(VideoSettings):
         seeds = [self.seed] if self.seeds is None else self.seeds
         pairs = [(number, seed) for number in range(len(self.texts)) for seed in seeds]
         self.cases = [
-            Case(index, self.texts[number], seed, self.pictures[number], self.other(number))
+            Case(index, self.texts[number], seed, self.pictures[number], self.other_than(number))
             for index, (number, seed) in enumerate(pairs)
         ]
         if self.search.asked and len(self.cases) < 4:
@@ -154,9 +154,9 @@ class AbTestSettings(VideoSettings):
                 "give more prompts, such as prompts=twenty, or seeds"
             )
 
-    def other(self, number: int) -> tuple[str, Path | None] | None:
-        """The next prompt that is another one, with its picture."""
+    def other_than(self, number: int) -> tuple[str, Path | None] | None:
+        """Another prompt and its picture, half the list away, as neighbours are often alike."""
         texts, count = self.texts, len(self.texts)
-        later = ((number + step) % count for step in range(1, count))
+        later = ((number + count // 2 + step) % count for step in range(count))
         others = ((texts[n], self.pictures[n]) for n in later if texts[n] != texts[number])
         return next(others, None)

@@ -26,7 +26,7 @@ def print_report(folder: Path, report: dict[str, Any]) -> None:
     cases = len(report["videos"])
     title = f"{report['title']}: {cases} case(s), {report['settings']['steps']} steps"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
-    bridged = any(row["kind"] == "control" for row in report["rows"])
+    bridged = report["settings"].get("bridge") is not None
     last = ("as asked",) if bridged else ("worst", "SSIM", "kept")
     for column in ("", "compute", "speed-up", "PSNR dB", *last):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -37,7 +37,7 @@ def print_report(folder: Path, report: dict[str, Any]) -> None:
     b = next(row for row in report["rows"] if row["kind"] == "b")
     console.print(
         "compute: blocks of an uncached run over blocks run; speed-up: of denoising,\n"
-        f"median over cases, {100 * b['reached']:.0f} % of what b's skipped blocks allow; PSNR,\n"
+        f"median over cases, {100 * b['reached']:.0f} % of what its blocks allow; PSNR,\n"
         "SSIM: raw frames against a, mean (95 % interval over cases)",
         style="dim",
     )

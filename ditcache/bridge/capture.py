@@ -49,6 +49,26 @@ class Seen:
         )[0]
 
 
+def told_apart(
+    texts: Mapping[str, Tensor], args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[str, Seen]:
+    """Branch and inputs of a forward of a transformer, without its image. texts: branch -> the very
+    tensor that is read in it. Raises DitcacheError.
+    """
+    names = ("hidden_states", "timestep", "encoder_hidden_states")
+    inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+    latents, timestep, text = (inputs[name] for name in names)
+    branch = next((name for name, own in texts.items() if own is text), None)
+    if branch is None:
+        raise DitcacheError(
+            "bridge: this forward reads a text that is neither branch's; give `attached` the very "
+            "tensors that the transformer is called with"
+        )
+    if timestep.dim() != 1:
+        raise DitcacheError("bridge: models with a timestep per token are not supported")
+    return branch, Seen(latents, timestep, text)
+
+
 def shape_of(transformer: nn.Module) -> Shape:
     """Of its self-attention."""
     config: Any = transformer.config

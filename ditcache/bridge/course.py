@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ditcache.bridge.capture import shape_of
-from ditcache.bridge.controls_file import save_controls
+from ditcache.bridge.controls_file import controls_path, save_controls
 from ditcache.bridge.evaluate import TARGET, Row, losses_of, measure_costs, untrained
 from ditcache.bridge.fingerprint import fingerprint
 from ditcache.bridge.pair import Pair, shift_of
@@ -181,11 +181,13 @@ class Course:
         for target, source in self.ways:
             pair = Pair(self.samples, self.transformers, target, source)
             with pair.opened():
-                self.judge(pair, target)
+                self.judge(pair, target, path)
         print(f"wrote {path}")
 
-    def judge(self, pair: Pair, target: str) -> None:
-        """Held-out losses of everything, the verdict where controls were trained, and videos."""
+    def judge(self, pair: Pair, target: str, path: Path) -> None:
+        """Held-out losses of everything, the verdict, and videos. path: of the saved bridge, beside
+        which its controls are kept.
+        """
         s, fusion, autocast = self.settings, self.settings.fusion, self.accelerator.autocast
         runs = self.runs[target]
         if not s.evaluate:  # the same projector with the wrong source, instead of trained controls
@@ -227,11 +229,10 @@ class Course:
             )
             for i, run in enumerate(runs)
         ]
+        verdicts = judge(judged, s.max_harm)
         if s.evaluate:
             kept = {name.removeprefix("0|"): student for name, student in first.items()}
-            path = self.folder / f"controls-{target}.safetensors"
-            save_controls(path, pair.target, pair.source, kept)
-        verdicts = judge(judged, s.max_harm)
+            save_controls(controls_path(path, target), path, kept, verdicts)
         write_bridge_report(self.folder, target, rows, domain, judged, verdicts, s)
         if s.videos:
             self.watch(pair, target, students)
@@ -241,7 +242,7 @@ class Course:
         s, model = self.settings, self.bundles[target].model
         shift = shift_of(self.bundles[target].pipe.scheduler)
         sampling = Sampling(model.steps, model.shift or shift, model.guidance)
-        with self.bar("rendering", len(students) * sampling.steps) as tick:
+        with self.bar("rendering", 0) as tick:
             found = judge_videos(
                 pair,
                 self.bundles[target],
@@ -251,8 +252,11 @@ class Course:
                 sampling,
                 count=s.videos,
                 autocast=self.accelerator.autocast,
-                on_step=tick,
+                on_part=tick,
             )
+        if not found:
+            print("videos: fewer than two clips are held out; none was rendered")
+            return
         write_videos(self.folder, target, found)
 
     @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 from ditcache.bridge.data.base import SPLITS
 from ditcache.bridge.samples import Caption, Samples, stacked, trimmed
 from ditcache.clips.edits import DOMAINS, REASONING_FRAMES, Clip, draw_clip
-from ditcache.errors import ConfigError
+from ditcache.errors import ConfigError, first_line
 from ditcache.models.base import Bundle
 from ditcache.pipeline.denoise import latent_statistics
 from ditcache.pipeline.text import MAX_TOKENS, encode_text
@@ -91,7 +91,11 @@ def read_video(file: Path, height: int, width: int, num_frames: int) -> np.ndarr
     """uint8 [num_frames, H, W, 3], scaled. Raises ConfigError."""
     import imageio_ffmpeg
 
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(file)]
+    try:
+        exe = imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise ConfigError(f"data.path: cannot read videos: {first_line(error)}") from None
+    command = [exe, "-v", "error", "-i", str(file)]
     command += ["-frames:v", str(num_frames), "-s", f"{width}x{height}"]
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     told = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)

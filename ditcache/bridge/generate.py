@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ditcache.bridge.controls import Alone
 from ditcache.bridge.controls_file import controls_path, load_controls
 from ditcache.bridge.mix import Mix
 from ditcache.bridge.nets import Net
@@ -27,7 +27,11 @@ from ditcache.pipeline.inputs import Inputs, draw_inputs
 from ditcache.pipeline.text import TextStates, encode_text
 from ditcache.store.base import Store
 
-SHUFFLED, SELF = "shuffled source", "self as source"
+SHUFFLED, SELF, SOURCE = "shuffled source", "self as source", "source alone"
+WRONG_SOURCES = (
+    "Shuffled source and self as source are the bridge itself, reading another case's prompt and "
+    "picture or the target; bridge-train judges by ones that were trained that way."
+)
 
 
 @dataclass
@@ -48,6 +52,7 @@ class Bridging:
         self.springs: dict[str, Spring] = {}
         self.students: dict[str, Student] = {}
         self.controls: list[str] = []
+        self.notes: list[str] = []
         loaded: dict[str, Bundle] = {}
         transformer = target.pipe.transformer
         for number, wire in enumerate(settings.wires):
@@ -86,58 +91,79 @@ class Bridging:
         *,
         guidance: float,
         store: Store,
-        other: tuple[str, Any, Tensor | None] | None = None,
+        size: Mapping[str, int],
+        other: tuple[str, Any] | None = None,
     ) -> Bridge | Mix:
-        """For one video: `bridge`, or one of `controls`. other: prompt, picture and condition of
-        another video, for the shuffled source.
+        """For one video: `bridge`, or one of `controls`. other: prompt and picture of another
+        video, for the shuffled source.
         """
-        transformer, fusion = self.target.pipe.transformer, self.settings.fusion
-        condition = None
+        target, fusion = self.target.pipe.transformer, self.settings.fusion
+        own, condition = self.settings.source_prompt or prompt, None
         if name == SHUFFLED:
             assert other is not None
-            prompt, picture, condition = other
+            own, wrong = other
+            if wrong is not picture:
+                wanted = draw_inputs(self.target, inputs.text, **size, seed=0, picture=wrong)
+                picture, condition = wrong, wanted.condition
+        student = self.students.get(name)
+        if student is not None and not student.mixes_outputs:  # reads no source
+            spring = next(iter(self.springs.values()))
+            return Mix(target, student, Source(spring.bundle.pipe.transformer, spring.net, {}))
         sources = {
-            key: Source(
+            key: Source(target, spring.net, texts_of(inputs.text), inputs.image)
+            if name == SELF
+            else Source(
                 spring.bundle.pipe.transformer,
                 spring.net,
-                texts_of(self.read(spring, prompt, guidance)),
+                texts_of(self.read(spring, own, guidance)),
                 self.look(spring, picture),
                 condition,
             )
             for key, spring in self.springs.items()
         }
-        if name in self.students:
-            return Mix(transformer, self.students[name], next(iter(sources.values())))
-        if name == SELF:
-            texts, image = texts_of(inputs.text), inputs.image
-            sources = {
-                key: Source(transformer, source.net, texts, image)
-                for key, source in sources.items()
-            }
-        return Bridge(transformer, sources, fusion, store)
+        if student is not None:
+            return Mix(target, student, next(iter(sources.values())))
+        return Bridge(target, sources, fusion, store)
 
     def load_controls(self) -> None:
         """Fills `controls`: what one bridge can be compared with in whole runs, by the names that
-        `arm` takes.
+        `arm` takes; and `notes`: what is known of it, and what it cannot be compared with.
         """
-        wires = self.settings.wires
+        wires, fusion = self.settings.wires, self.settings.fusion
         if len(wires) > 1 or self.settings.draft_steps is not None:
+            what = "several sources" if len(wires) > 1 else "two stages"
+            self.notes.append(f"There are no controls for {what}; compare a bridge by itself.")
             return
         (spring,), (wire,) = self.springs.values(), wires
         target, source = self.target.pipe.transformer, spring.bundle.pipe.transformer
-        path = Path("-") if wire.path is None else wire.path
-        side = side_of(self.target.model)
-        self.students = load_controls(controls_path(path, side), target, source)
-        for student in self.students.values():
-            student.to(self.target.device, target.dtype)
         projector = self.settings.projector if wire.header is None else wire.header.projector
         assert projector is not None
-        self.controls = [SHUFFLED, *([] if projector.own_is_target else [SELF]), *self.students]
+        self.controls = [SHUFFLED] if projector.own_is_target else [SHUFFLED, SELF]
+        self.notes.append(WRONG_SOURCES)
+        if fusion.source_frames == "ends":
+            self.notes.append("A source of two frames by itself, or mixed in, is no whole video.")
+            return
+        self.students = {SOURCE: Alone(source=True)}
+        known: list[str] = []
+        if wire.path is not None:
+            path = controls_path(wire.path, side_of(self.target.model))
+            found, known = load_controls(path, wire.path, target, source)
+            self.students |= found
+            self.notes += [f"bridge-train found: {sentence}" for sentence in known]
+        if not known:
+            self.notes.append(
+                "Not compared with a router, a LoRA or mixes of outputs and weights: bridge-train "
+                "evaluate=true trains and picks them, and keeps them beside the bridge."
+            )
+        if self.target.model.offload != "none":
+            self.students.pop("weight average", None)  # it changes weights where they are
+        for student in self.students.values():
+            student.to(self.target.device, target.dtype)
+        self.controls += list(self.students)
 
     def read(self, spring: Spring, prompt: str, guidance: float) -> TextStates:
-        own = self.settings.source_prompt or prompt
         negative = spring.bundle.model.negative_prompt
-        return encode_text(spring.bundle, own, negative_prompt=negative, guidance=guidance)
+        return encode_text(spring.bundle, prompt, negative_prompt=negative, guidance=guidance)
 
     def look(self, spring: Spring, picture: Any) -> Tensor | None:
         pipe = spring.bundle.pipe
@@ -154,14 +180,14 @@ class Bridging:
         seed: int,
         size: Mapping[str, int],
         sampling: Mapping[str, Any],
-    ) -> tuple[Inputs, int]:
-        """Stage one: the first source's own video, noised again. Returns the target's inputs and
-        the step at which it goes on.
+    ) -> tuple[Inputs, int, int]:
+        """Stage one: the first source's own video, noised again. Returns the target's inputs, the
+        step at which it goes on, and how many forwards of the source it took.
         """
         s = self.settings
         assert s.draft_steps is not None and s.draft_sigma is not None
         spring = next(iter(self.springs.values()))
-        text = self.read(spring, prompt, sampling["guidance"])
+        text = self.read(spring, s.source_prompt or prompt, sampling["guidance"])
         own = draw_inputs(spring.bundle, text, **size, seed=seed, picture=picture)
         own = replace(own, latents=own.latents.to(inputs.latents))
         clean = denoise(spring.bundle, own, **{**sampling, "steps": s.draft_steps})
@@ -169,7 +195,8 @@ class Bridging:
         scheduler.set_timesteps(sampling["steps"])
         start, sigma = start_at(scheduler.sigmas.tolist(), s.draft_sigma)
         noised = (1 - sigma) * clean + sigma * inputs.latents
-        return replace(inputs, latents=noised), start
+        forwards = s.draft_steps * (2 if sampling["guidance"] > 1 else 1)
+        return replace(inputs, latents=noised), start, forwards
 
 
 def start_at(sigmas: list[float], most: float) -> tuple[int, float]:
@@ -208,14 +235,17 @@ def record_of(arm: Bridge | Mix, target_forwards: int, denoise_seconds: float) -
     on_cpu = next(arm.target.parameters()).device.type == "cpu"
     seconds = {f"{name}_s": value for name, value in arm.seconds.items()} if on_cpu else {}
     share = {"projector_share": arm.seconds["projector"] / denoise_seconds} if on_cpu else {}
+    drafted = {"draft_forwards": arm.drafted} if arm.drafted else {}
+    first = next(iter(arm.sources.values()))  # makes the draft
     return {
         "schedule": arm.fusion.schedule,
         "driver": arm.fusion.driver,
         "sources": len(arm.sources),
         "source_forwards": arm.forwards,
+        **drafted,
         "target_forwards": target_forwards,
-        "source_blocks": arm.blocks,
-        "cost": 1 + arm.forwards / max(target_forwards, 1),
+        "source_blocks": arm.blocks + arm.drafted * len(blocks_of(first.transformer)),
+        "cost": 1 + (arm.forwards + arm.drafted) / max(target_forwards, 1),
         "refreshed": sorted({step for step, _, _ in arm.asked}),
         **seconds,
         **share,

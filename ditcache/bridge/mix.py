@@ -13,10 +13,9 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from ditcache.bridge.capture import Seen
+from ditcache.bridge.capture import told_apart
 from ditcache.bridge.run import Source
 from ditcache.bridge.students import Batch, Student
-from ditcache.errors import DitcacheError
 
 HOOK = "ditcache_mix"
 
@@ -64,21 +63,16 @@ class MixHook(ModelHook):
     @torch.no_grad()
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         mix = self.mix
-        names = ("hidden_states", "timestep", "encoder_hidden_states")
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        latents, timestep, text = (inputs[name] for name in names)
-        branch = next((name for name, own in self.texts.items() if own is text), None)
-        if branch is None:
-            raise DitcacheError("mix: this forward reads a text that is neither branch's")
-        seen, velocities = Seen(latents, timestep, text), {}
-        for role in mix.student.asks(float(timestep[0]) / 1000):
+        branch, seen = told_apart(self.texts, args, kwargs)
+        seen.image, velocities = kwargs.get("encoder_hidden_states_image"), {}
+        for role in mix.student.asks(float(seen.timestep[0]) / 1000):
             if role == "source":
                 mix.forwards += 1
                 source = mix.source
                 theirs = replace(seen, text=source.texts[branch], image=source.image)
                 dtype = next(source.transformer.parameters()).dtype
                 theirs.latents = theirs.latents.to(dtype)
-                velocities[role] = theirs.call(source.transformer).to(latents)
+                velocities[role] = theirs.call(source.transformer).to(seen.latents)
             else:
                 mix.own += 1
                 velocities[role] = self.fn_ref.original_forward(*args, **kwargs)[0]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ditcache.bridge.capture import Seen, capture, ends
 from ditcache.bridge.fusion import Fusion
-from ditcache.bridge.nets import KeyValues
 from ditcache.bridge.samples import Caption, Samples
 from ditcache.bridge.short_text import ShortText, short_text
 from ditcache.bridge.students import Batch
@@ -130,22 +129,18 @@ class Pair:
                 own = capture(self.target, self.seen("target", draw, lagged, later))[1]
             batch.sources["self"] = own
         if outputs or feeds - {"self"}:
-            velocity, keys_values = self.ask("source", draw, lagged, later, fusion)
-            batch.source_velocity = velocity.float() if outputs else None
+            theirs = self.seen("source", draw, lagged, later)
+            few = replace(theirs, latents=theirs.latents[:, :, [0, -1]]) if ends(fusion) else theirs
+            velocity, keys_values = capture(self.source, few)
+            if outputs:  # of all frames, also where only some are read
+                whole = velocity if few is theirs else theirs.call(self.source)
+                batch.source_velocity = whole.float()
             batch.sources["source"] = keys_values
             batch.sources["shuffled"] = [
                 (key.roll(SHUFFLED, 0), value.roll(SHUFFLED, 0)) for key, value in keys_values
             ]
         batch.seen = self.seen("target", draw, noisy, sigma)  # its captions are set again
         return batch
-
-    def ask(
-        self, role: str, draw: Draw, latents: Tensor, sigma: Tensor, fusion: Fusion
-    ) -> tuple[Tensor, list[KeyValues]]:
-        seen = self.seen(role, draw, latents, sigma)
-        if ends(fusion):
-            seen = replace(seen, latents=seen.latents[:, :, [0, -1]])
-        return capture(self.source, seen)
 
 
 def lagged_state(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditcache.bridge.capture import Seen, ends, fuse, fusing
+from ditcache.bridge.capture import Seen, ends, fuse, fusing, told_apart
 from ditcache.bridge.fusion import Fusion
 from ditcache.bridge.nets import KeyValues, Net
 from ditcache.bridge.readers import Reader, StoreReader, StreamReader
@@ -46,8 +46,8 @@ class Bridge:
     """One target's sources during one generation.
 
     asked: (step, source, branch) of every source forward, in order. recomputed: source forwards
-    that only replaced what a store had lost. blocks: of sources, run so far. seconds: spent in
-    `source` and `projector`, where the device is a CPU.
+    that only replaced what a store had lost. drafted: source forwards of a first stage. blocks: of
+    sources, run so far. seconds: spent in `source` and `projector`, where the device is a CPU.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Bridge:
         self.target, self.sources, self.fusion, self.store = target, dict(sources), fusion, store
         self.generation = next(GENERATIONS)
         self.asked: list[tuple[int, str, str]] = []
-        self.recomputed = self.blocks = 0
+        self.recomputed = self.drafted = self.blocks = 0
         self.seconds = {"source": 0.0, "projector": 0.0}
         self.readers: dict[tuple[str, str], Reader] = {}
         self.call: Call | None = None
@@ -96,24 +96,13 @@ class Bridge:
         """A forward of the target starts."""
         if self.asking:  # the source is the target itself
             return
-        names = ("hidden_states", "timestep", "encoder_hidden_states")
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        latents, timestep, text = (inputs[name] for name in names)
-        branch = next((name for name, own in texts.items() if own is text), None)
-        if branch is None:
-            raise DitcacheError(
-                "bridge: this forward reads a text that is neither branch's; give `attached` the "
-                "very tensors that the transformer is called with"
-            )
-        if timestep.dim() != 1:
-            raise DitcacheError("bridge: models with a timestep per token are not supported")
-        sigma = float(timestep[0]) / 1000
+        branch, seen = told_apart(texts, args, kwargs)
+        sigma = float(seen.timestep[0]) / 1000
         if sigma != self.sigma:
             self.step, self.sigma = self.step + 1, sigma
         branches = {"both": branch, "cond": "cond" if branch == "cond" else None}
         reads = branches.get(self.fusion.branches, "cond")
         acts = reads is not None and self.fusion.acts_at(sigma)
-        seen = Seen(latents, timestep, text)
         self.call = Call(self.step, sigma, branch, reads or branch, seen) if acts else None
 
     @torch.no_grad()
@@ -170,8 +159,10 @@ class Bridge:
         dtype = next(source.transformer.parameters()).dtype
         latents = call.seen.latents.to(dtype)
         if source.condition is not None:
-            noisy = latents[:, : -source.condition.shape[1]]
-            latents = torch.cat([noisy, source.condition.to(latents)], 1)
+            noisy, condition = latents[:, : -source.condition.shape[1]], source.condition
+            if condition.shape[2] > noisy.shape[2]:  # ChronoEdit has dropped its reasoning frames
+                condition = condition[:, :, [0, -1]]
+            latents = torch.cat([noisy, condition.to(latents)], 1)
         if ends(self.fusion) and latents.shape[2] > 2:
             latents = latents[:, :, [0, -1]]
         return Seen(latents, call.seen.timestep, source.texts[call.reads], source.image)

@@ -16,6 +16,9 @@ from ditcache.bridge.fusion import Fusion
 from ditcache.bridge.pair import Draw, Pair, even_draw
 from ditcache.bridge.students import Student
 
+BATCH = 16
+STREAM = 99  # of noise, apart from that of single steps
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -40,21 +43,28 @@ def sampled(
     fusion: Fusion,
     sampling: Sampling,
     autocast: Any,
-    on_step: Callable[[], None] = lambda: None,
+    on_part: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Student -> final latents [N, C, T, H, W] of clips `rows` [N], by Euler steps. A source is
     asked at every step; a shuffled one belongs to another of the clips, and sees its latents.
     """
+    parts = [list(part) for part in rows.split(BATCH)]
+    if len(parts) > 1 and len(parts[-1]) == 1:  # it would be its own shuffled source
+        parts[-2] += parts.pop()
     found = {}
-    start = even_draw(pair.samples, rows, 1.0, len(sampling.sigmas)).noise.to(pair.device)
     for name, student in students.items():
-        latents = start
-        for sigma, after in pairwise(sampling.sigmas):
-            with autocast():
-                velocity = guided(pair, student, rows, latents, sigma, fusion, sampling.guidance)
-            latents = latents + (after - sigma) * velocity
-            on_step()
-        found[name] = latents
+        ends = []
+        for part in map(torch.stack, parts):
+            latents = even_draw(pair.samples, part, 1.0, STREAM).noise.to(pair.device)
+            for sigma, after in pairwise(sampling.sigmas):
+                with autocast():
+                    velocity = guided(
+                        pair, student, part, latents, sigma, fusion, sampling.guidance
+                    )
+                latents = latents + (after - sigma) * velocity
+            ends.append(latents)
+            on_part()
+        found[name] = torch.cat(ends)
     return found
 
 

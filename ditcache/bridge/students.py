@@ -75,10 +75,10 @@ class Bridged(Student):
     def __init__(self, net: Net, fusion: Fusion, feed: str = "source"):
         super().__init__()
         self.net, self.fusion, self.feed = net, fusion, feed
-        self.forwards = 1.0 if feed == "self" else 2.0
+        self.forwards = 2.0
 
     def asks(self, sigma: float) -> tuple[str, ...]:
-        return () if self.feed == "self" else ("source",)
+        return ("target",) if self.feed == "self" else ("source",)
 
     @contextmanager
     def attached(self, batch: Batch | None, target: nn.Module) -> Iterator[None]:

@@ -80,7 +80,7 @@ def carries(runs: Sequence[Losses]) -> Verdict:
     for number, run in enumerate(runs):
         told = {name: paired(run.bridge, run.controls[name]) for name in ("self", "shuffled")
                 if name in run.controls}  # fmt: skip
-        lines.append(f"run {number}: " + ", ".join(f"real - {n} {d}" for n, d in told.items()))
+        lines.append(said(number, told))
         won.append(all(d.better for d in told.values()) if len(told) == 2 else None)
     return Verdict("P1", "information from the source is used", every(won), tuple(lines))
 
@@ -115,10 +115,16 @@ def pays(runs: Sequence[Losses]) -> Verdict:
             for name in ("router", "lora")
             if name in run.controls and len(chosen) > 1
         }
-        lines.append(f"run {number}: " + ", ".join(f"real - {n} {d}" for n, d in told.items()))
+        lines.append(said(number, told))
         won.append(all(d.better for d in told.values()) if len(told) == 2 else None)
     question = "worth its price where both skills are needed"
     return Verdict("P3", question, every(won), tuple(lines))
+
+
+def said(number: int, told: Mapping[str, Difference]) -> str:
+    """A run's line."""
+    found = ", ".join(f"real - {name} {difference}" for name, difference in told.items())
+    return f"run {number}: {found or 'nothing to compare with'}"
 
 
 def every(won: Sequence[bool | None]) -> bool | None:

@@ -30,7 +30,7 @@ QUALITIES = ("colour", "shape", "direction")
 
 
 @dataclass
-class Seen:
+class Score:
     """One video. latent: root mean square distance to the clip's latents; psnr: dB, of the decoded
     video to the decoded clip. right: which QUALITIES are as the caption says, where that can be
     read.
@@ -41,7 +41,7 @@ class Seen:
     right: dict[str, bool] = field(default_factory=dict)
 
     @property
-    def scores(self) -> dict[str, float]:
+    def numbers(self) -> dict[str, float]:
         shares = {name: float(value) for name, value in self.right.items()}
         if shares:
             shares["all"] = float(all(self.right.values()))
@@ -58,14 +58,20 @@ def judge_videos(
     *,
     count: int,
     autocast: Any,
-    on_step: Callable[[], None],
-) -> dict[str, list[Seen]]:
-    """Student -> one entry per clip, of composite clips where there are some. The clips are those
-    that the losses are judged on; all students start from the same noise. bundle: the target's.
+    on_part: Callable[[], None],
+) -> dict[str, list[Score]]:
+    """Student -> one entry per clip, of composite clips where there are two or more; empty where
+    there are fewer than two clips in all. The clips are those that the losses are judged on; all
+    students start from the same noise. bundle: the target's.
     """
-    domain = COMPOSITE if COMPOSITE in pair.samples.domains else None
-    rows = pair.samples.rows("test", domain)[:count]
-    latents = sampled(pair, students, rows, fusion, sampling, autocast, on_step)
+    rows = pair.samples.rows("test")
+    if COMPOSITE in pair.samples.domains:
+        both = pair.samples.rows("test", COMPOSITE)
+        rows = both if len(both) > 1 else rows
+    rows = rows[:count]
+    if len(rows) < 2:  # a shuffled source would be the clip's own
+        return {}
+    latents = sampled(pair, students, rows, fusion, sampling, autocast, on_part)
     truth = [pair.samples.latents[row][None].float() for row in rows.tolist()]
     clips = [decode_latents(bundle, one) for one in truth]
     scenes: list[Clip | None] = [None] * len(rows)
@@ -75,7 +81,7 @@ def judge_videos(
     for name, made in latents.items():
         videos = [decode_latents(bundle, one[None]) for one in made]
         found[name] = [
-            Seen(rms(one, true[0]), psnr(clip, video), {} if scene is None else read(scene, video))
+            Score(rms(one, true[0]), psnr(clip, video), {} if scene is None else read(scene, video))
             for one, true, clip, video, scene in zip(
                 made, truth, clips, videos, scenes, strict=True
             )

@@ -9,7 +9,7 @@ import numpy as np
 from ditcache.clips import world
 from ditcache.clips.judge import judge, read_direction
 
-BACKGROUND = re.compile(r"\b(on|over) (a|an)\b.*")
+BACKGROUND = re.compile(r"\b(on|over) (a|an) (\w+ ){0,2}background\b")
 
 
 def asked(caption: str) -> dict[str, str]:

@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from ditcache.ab.settings import AbTestSettings
-from ditcache.bridge.partner import side_of
 from ditcache.cache.settings import with_low
 from ditcache.config import build
 from ditcache.errors import GateFailed
 
 if TYPE_CHECKING:
     from ditcache.report.progress import OnStep
+
+
+DIFFERS = (
+    "A bridge is meant to change the video: PSNR and SSIM say how far b and its controls are from "
+    "a, not how good they are. The blocks of sources count as computed."
+)
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -56,8 +61,10 @@ def run(cfg: DictConfig) -> float | None:
 
     # 5) The report in three forms, the table, the verdict.
     notes = [*runner.notes, *([] if found is None else found.notes)]
-    if settings.bridge is not None:
-        notes += bridge_notes(runner, settings)
+    if runner.renderer.bridging is not None:
+        notes += [DIFFERS, *runner.renderer.bridging.notes]
+        if not any(case.other for case in settings.cases):
+            notes.append("There is no shuffled source: that takes another prompt.")
     report = report_of(settings, cfg, names, runner.bundle.device, entries, notes)
     if found is not None:
         report["search"] = found.verdict(report)
@@ -94,7 +101,7 @@ def steps_of(settings: AbTestSettings) -> int:
     """Denoising steps to expect, for the progress bar."""
     cases, controls = len(settings.cases), min(settings.controls, len(settings.cases))
     searched = (1 + settings.search.trials) * cases // 2 if settings.search.asked else 0
-    mixes = 0 if settings.bridge is None else 7  # at most
+    mixes = 0 if settings.bridge is None else 8  # at most
     return settings.segments * settings.steps * (2 * cases + (2 + mixes) * controls + searched)
 
 
@@ -119,29 +126,6 @@ def make_runner(settings: AbTestSettings, show: OnStep) -> Any:
     renderer.warm_up()
     archive = Archive(Path(settings.baseline.folder).expanduser())
     return Runner(bundle, settings, renderer, archive, settings.baseline.refresh)
-
-
-def bridge_notes(runner: Any, settings: AbTestSettings) -> list[str]:
-    """What the figures of a bridge mean, and what bridge-train found out about it."""
-    from ditcache.bridge.controls_file import MIXED, TRAINED
-    from ditcache.report.bridge import known_verdict
-
-    notes = [
-        "A bridge is meant to change the video: PSNR and SSIM say how far b and its controls are "
-        "from a, not how good they are. The blocks of sources count as computed."
-    ]
-    controls = runner.bridge_controls
-    missing = [name for name in (*MIXED, *TRAINED.values()) if name not in controls]
-    if missing:
-        notes.append(
-            f"Not compared with {', '.join(missing)}: `bridge-train evaluate=true` trains and "
-            "picks them, and keeps them beside the bridge."
-        )
-    assert settings.bridge is not None
-    for wire in settings.bridge.wires:
-        if wire.path is not None:
-            notes += known_verdict(wire.path, side_of(settings.model))
-    return notes
 
 
 def replace_candidate(settings: AbTestSettings, found: Any) -> AbTestSettings:

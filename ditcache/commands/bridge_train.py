@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ditcache.bridge.data.base import Data
+from ditcache.bridge.data.zoo import ZooData
 from ditcache.bridge.fusion import Fusion
 from ditcache.bridge.partner import check_two, load_partner, side_of
 from ditcache.bridge.projectors.base import Projector
@@ -75,6 +76,10 @@ class BridgeTrainSettings:
                 raise ValueError(f"controls: no '{name}'. {one_of(name, CONTROLS)}")
         if self.evaluate and self.batch_size < 2 and "shuffled" in self.controls:
             raise ValueError("batch_size: a shuffled source needs another clip in the batch, >= 2")
+        if self.videos == 1:
+            raise ValueError("videos: a shuffled source needs another clip beside it; set >= 2")
+        if isinstance(self.data, ZooData) and self.videos > self.data.test:
+            raise ValueError(f"videos: {self.videos} are more than data.test={self.data.test}")
         if self.seeds > 1 and not self.evaluate:
             raise ValueError("seeds: more than one only says something with evaluate=true")
         if not self.projector.learns and not self.evaluate:

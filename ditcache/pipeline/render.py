@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ditcache.bridge.generate import Bridging, record_of, texts_of
+from ditcache.bridge.run import Bridge
 from ditcache.cache.attach import attach_settings, blocks_of, disable_cache
 from ditcache.cache.settings import CacheSettings
 from ditcache.cache.trace import Trace
@@ -90,10 +91,17 @@ class Renderer:
         inputs = prepare(self.bundle, s, prompt, self.pictures[picture], seed=seed)
         if moved:
             inputs.latents = inputs.latents + moved * other_noise(inputs.latents, seed)
+        given = (inputs, prompt, self.pictures[picture])
+        work, start = None, 0
+        if arm is not None:
+            assert self.bridging is not None
+            wrong = None if other is None else (other[0], self.pictures[other[1]])
+            work = self.bridging.arm(
+                arm, *given, guidance=s.guidance, store=s.store, size=size(s), other=wrong
+            )
         clock.lap("text")
         s.store.reset_counters()
         attached = attach_settings(self.bundle, cache, s.store)
-        work, start = None, 0
         watched = Trace() if cache.policy is None else None
 
         def watch(step: Step) -> None:
@@ -120,15 +128,10 @@ class Renderer:
         try:
             with ExitStack() as stack:
                 stack.enter_context(attached.one_video())
-                if arm is not None:
+                if work is not None:
                     assert self.bridging is not None
-                    given = (inputs, prompt, self.pictures[picture])
-                    wrong = None if other is None else self.other_video(*other)
-                    work = self.bridging.arm(
-                        arm, *given, guidance=s.guidance, store=s.store, other=wrong
-                    )
-                    if self.bridging.settings.draft_steps is not None:
-                        inputs, start = self.bridging.draft(
+                    if isinstance(work, Bridge) and self.bridging.settings.draft_steps is not None:
+                        inputs, start, work.drafted = self.bridging.draft(
                             *given, seed=seed, size=size(s), sampling=sampling
                         )
                     stack.enter_context(work.attached(texts_of(inputs.text)))
@@ -167,12 +170,6 @@ class Renderer:
             times,
             report,
         )
-
-    def other_video(self, prompt: str, path: Path | None) -> tuple[str, Any, Tensor | None]:
-        """Another video's prompt, picture and condition."""
-        picture = self.pictures[path]
-        inputs = prepare(self.bundle, self.settings, prompt, picture, seed=self.settings.seed)
-        return prompt, picture, inputs.condition
 
     def go_on(
         self,

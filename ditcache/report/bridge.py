@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from ditcache.bridge.evaluate import Row
     from ditcache.bridge.train import History
     from ditcache.bridge.verdict import Losses, Verdict
-    from ditcache.bridge.videos import Seen
+    from ditcache.bridge.videos import Score
     from ditcache.commands.bridge_train import BridgeTrainSettings
 
 NAMES = {
@@ -27,7 +26,6 @@ NAMES = {
     "router": "control: output router",
     "lora": "control: LoRA of equal size",
 }
-WORDS = {True: "passed", False: "failed", None: "not told"}
 VIDEO_COLUMNS = {"psnr": "PSNR, dB", "latent": "latents' distance"}
 Cells = list[str]
 
@@ -132,25 +130,11 @@ def write_bridge_report(
             console.print(f"   {line}")
 
 
-def known_verdict(bridge: Path, target: str) -> list[str]:
-    """What the evaluation beside a bridge's file says of it, a sentence per question."""
-    path = bridge.with_name(f"evaluation-{target}.json")
-    try:
-        verdict = json.loads(path.read_text(encoding="utf-8"))["verdict"]
-        return [
-            f"{path.name} beside the bridge, {name}, {told['question']}: "
-            f"{WORDS[told['passed']]} ({'; '.join(told['lines'])})."
-            for name, told in verdict.items()
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
-
-
-def write_videos(folder: Path, target: str, found: Mapping[str, Sequence[Seen]]) -> None:
+def write_videos(folder: Path, target: str, found: Mapping[str, Sequence[Score]]) -> None:
     """videos-<target>.json and .md, and the same on the terminal: means over clips, and over the
     training runs of one method, with the standard error over clips.
     """
-    scores = {name: [seen.scores for seen in videos] for name, videos in found.items()}
+    scores = {name: [one.numbers for one in videos] for name, videos in found.items()}
     write_json(folder / f"videos-{target}.json", scores)
     groups: dict[str, list[list[dict[str, float]]]] = {}
     for name, videos in scores.items():
@@ -175,13 +159,11 @@ def write_videos(folder: Path, target: str, found: Mapping[str, Sequence[Seen]])
 
 
 def with_error(column: str, values: Sequence[float]) -> str:
-    mean, error = sum(values) / len(values), 0.0
-    if len(values) > 1:
-        variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-        error = (variance / len(values)) ** 0.5
-    if column == "latent":
-        return f"{mean:.3f} ± {error:.3f}"
-    return f"{mean:.1f} ± {error:.1f}" if column == "psnr" else f"{mean:.0%} ± {error:.0%}"
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    error = (variance / len(values)) ** 0.5
+    style = {"latent": ".3f", "psnr": ".1f"}.get(column, ".0%")
+    return f"{mean:{style}} ± {error:{style}}"
 
 
 def print_table(title: str, head: Sequence[str], body: Sequence[Cells]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_reports(
 
 def setting_of(reports: Mapping[str, Mapping[str, Any]], job: str) -> str:
     """What this job has that others have not: its words on the command line."""
-    words = {name: report["command"].split()[2:] for name, report in reports.items()}
+    words = {name: shlex.split(report["command"])[2:] for name, report in reports.items()}
     shared = set.intersection(*(set(own) for own in words.values()))
     return " ".join(word for word in words[job] if word not in shared) or job
 

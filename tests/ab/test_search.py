@@ -1,6 +1,7 @@
 """The target search: on cases it has not seen, or an honest no."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from rows import row
@@ -71,3 +72,26 @@ def test_a_search_goes_on_where_it_stopped(ab, monkeypatch):
     calls.clear()
     ab.run(*words, "search.trials=4", small=False)
     assert 1 <= len(calls) <= 2
+
+
+def test_a_search_with_a_bridge_searches_the_bridged_model(monkeypatch):
+    import numpy as np
+    import torch
+
+    from ditcache.ab.results import Result
+
+    asked = []
+
+    class Runner:
+        settings = SimpleNamespace(
+            bridge="some", a="none", search=SimpleNamespace(target_ssim=None)
+        )
+
+        def arm(self, case, cache, *, bridged=False):
+            asked.append((cache, bridged))
+            result = Result(torch.zeros(1), 4, {"denoise": 1.0}, 8, 16, 0, 0)
+            return result, np.full((1, 8, 8, 3), 0.5)
+
+    monkeypatch.setattr(search, "cache_with", lambda cfg, values: "cached")
+    trial = search.run_trial(Runner(), None, {}, ["case"])
+    assert asked == [("none", False), ("cached", True)] and trial.compute_ratio == 2

@@ -212,6 +212,9 @@ def test_two_stages(tmp_path):
     _, told = rendered(tmp_path, "two", *draft, "bridge.draft_sigma=0.8", "steps=4")
     started = told["bridge"]["target_forwards"]
     assert 2 <= started < 8 and told["bridge"]["source_forwards"] == started
+    assert told["bridge"]["draft_forwards"] == 4
+    assert told["bridge"]["cost"] == 2 + 4 / started
+    assert told["bridge"]["source_blocks"] == 8 * (started + 4)
 
 
 @pytest.fixture(scope="module")

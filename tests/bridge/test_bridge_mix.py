@@ -13,6 +13,7 @@ from ditcache.bridge.mix import Mix
 from ditcache.bridge.run import Source
 from ditcache.bridge.saved import ZOO
 from ditcache.bridge.students import LowRankUpdate, Router
+from ditcache.bridge.verdict import Verdict
 from ditcache.errors import DitcacheError
 
 WAN, CHRONO = "WanTransformer3DModel", "ChronoEditTransformer3DModel"
@@ -120,24 +121,28 @@ def test_controls_go_with_the_bridge(tmp_path):
         "router": router,
         "lora": lora,
     }
-    path = controls_path(tmp_path / "bridge.safetensors", "wan")
-    assert load_controls(path, TARGET, SOURCE).keys() == {"source alone"}
-    save_controls(path, TARGET, SOURCE, kept)
-    found = load_controls(path, TARGET, SOURCE)
+    bridge = tmp_path / "bridge.safetensors"
+    bridge.write_bytes(b"a bridge")
+    path = controls_path(bridge, "wan")
+    assert load_controls(path, bridge, TARGET, SOURCE) == ({}, [])
+    save_controls(path, bridge, kept, [Verdict("P1", "is it used", True, ("run 0: -1",))])
+    found, known = load_controls(path, bridge, TARGET, SOURCE)
     assert list(found) == [
-        "source alone", "output averaging", "timestep switching", "weight average",
-        "output router", "LoRA of equal size",
+        "output averaging", "timestep switching", "weight average", "output router",
+        "LoRA of equal size",
     ]  # fmt: skip
+    assert known == ["P1 PASS: is it used (run 0: -1)"]
     for old, new in (
         ("router", "output router"), ("lora", "LoRA of equal size"),
         ("output averaging",) * 2, ("timestep switching",) * 2, ("weight average",) * 2,
     ):  # fmt: skip
         assert same(run(kept[old])[1], run(found[new])[1]), old
-    with pytest.raises(DitcacheError, match="they are of other weights"):
-        load_controls(path, TARGET, model(CHRONO, 7))
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"another bridge")
+    assert load_controls(path, other, TARGET, SOURCE) == ({}, [])
     path.write_bytes(b"nothing")
     with pytest.raises(DitcacheError, match="holds no controls"):
-        load_controls(path, TARGET, SOURCE)
+        load_controls(path, bridge, TARGET, SOURCE)
 
 
 def test_controls_of_embedded_bridges_have_a_place_of_their_own():

@@ -295,3 +295,16 @@ def test_another_direction_is_another_projector():
     assert rule().sources == {"wan": "chrono"}
     both = replace(rule(), fusion_direction="bidirectional")
     assert both.sources == {"wan": "chrono", "chrono": "wan"}
+
+
+def test_a_source_may_be_shown_another_picture():
+    """Its channels of the condition are replaced, the noisy ones are not; also after the cut."""
+    net, other = opened(Gating(projector_hidden_dim=8)), latents(seed=9)[:, 16:]
+    plain, _ = run({"s": source(net)}, sigmas=(0.9,))
+    wrong, _ = run({"s": replace(source(net), condition=other)}, sigmas=(0.9,))
+    assert differ(plain, wrong)
+    right, _ = run({"s": replace(source(net), condition=latents()[:, 16:])}, sigmas=(0.9,))
+    assert same(plain, right)
+    cut, bridge = run({"s": replace(source(net), condition=other)}, cut=1)
+    assert cut[-1].shape[2] == 2 and bridge.forwards == 4
+    assert bridge.blocks == 4 * SHAPE.layers

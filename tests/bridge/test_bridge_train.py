@@ -390,6 +390,7 @@ WRONG = [
     (["model=tiny"], "partner: which model goes with zoo:wan-tiny?"),
     (["partner=tiny_i2v"], "are both on the wan side"),
     (["model=tiny", "partner=tiny_chronoedit"], "zoo:wan-tiny takes no picture"),
+    (["videos=1"], "videos: a shuffled source needs another clip beside it; set >= 2"),
     (["mixed_precision=bf17"], "mixed_precision: no 'bf17'. Did you mean 'bf16'?"),
     (["data=folder", "data.path=nowhere"], "data.path: no folder 'nowhere'"),
     (["data=latents", "data.path=nothing"], "data.path: no file 'nothing'"),
@@ -416,10 +417,10 @@ def test_capture_under_autocast_is_for_training_only(pair):
 
 
 def test_bridge_train_from_the_command_line(tmp_path, capsys):
-    small = ["data.train=1", "data.validation=1", "data.test=1", f"data.cache={tmp_path}/clips"]
+    small = ["data.train=1", "data.validation=1", "data.test=2", f"data.cache={tmp_path}/clips"]
     small += ["steps=2", "batch_size=2", "projector.projector_hidden_dim=4", "mixed_precision=no"]
     run = ["bridge-train", *small, f"hydra.run.dir={tmp_path}/run"]
-    asked = ["evaluate=true", "controls=[shuffled,router,lora]", "videos=1"]
+    asked = ["evaluate=true", "controls=[shuffled,router,lora]", "videos=2"]
     assert cli.run([*run, *asked, "model.steps=2"]) == 0
     said = capsys.readouterr().out
     assert "P1" in said and "parameters" in said
@@ -428,11 +429,13 @@ def test_bridge_train_from_the_command_line(tmp_path, capsys):
     assert {"evaluation-wan.json", "evaluation-wan.md", "config.yaml"} <= names
     told = json.loads((tmp_path / "run" / "evaluation-wan.json").read_text())
     videos = json.loads((tmp_path / "run" / "videos-wan.json").read_text())
-    assert videos.keys() == told["rows"].keys() and len(videos["target alone"]) == 1
+    assert videos.keys() == told["rows"].keys() and len(videos["target alone"]) == 2
     scores = {"colour", "shape", "direction", "all", "psnr", "latent"}
     assert all(set(one) == scores for found in videos.values() for one in found)
+    assert videos["0|shuffled"] != videos["0|bridge"]
     assert all(row["cost"] > 0 for row in told["rows"].values())
-    assert told["domains"] == DOMAINS and set(told["verdict"]) == {"P1", "P2", "P3"}
+    assert told["domains"] == [d for d in DOMAINS for _ in range(2)]
+    assert set(told["verdict"]) == {"P1", "P2", "P3"}
     header = read_header(tmp_path / "run" / "bridge.safetensors")
     assert header.ways == ("wan",) and header.ends["chrono"].model == "tiny_chronoedit"
     generate = ["generate", "model=tiny_i2v", f"+bridge={tmp_path}/run", "num_frames=29", "steps=2"]
@@ -458,6 +461,7 @@ def test_bridge_train_from_the_command_line(tmp_path, capsys):
     assert {name for name, ratio in ratios.items() if ratio == 0.5} == half
     assert all(ratio == 1 for name, ratio in ratios.items() if name not in half)
     assert rows["more steps"]["steps"] == 4 and not rows["bridge"]["identical"]
+    assert rows["shuffled source"]["psnr"]["mean"] != rows["bridge"]["psnr"]["mean"]
     assert all(row["obeyed"] is not None for row in rows.values())
     assert {d["key"] for d in report["difference"]} >= {"bridge.path", "bridge.fusion.branches"}
     assert any("P1" in note for note in report["notes"])
@@ -473,13 +477,13 @@ def test_a_folder_of_videos_and_the_latents_of_an_earlier_run(tmp_path, capsys):
             write_mp4(file, clip.frames / 255, fps=16)
             file.with_suffix(".txt").write_text(clip.scene.caption)
     run = ["bridge-train", "data=folder", f"data.path={tmp_path}/videos", "data.wan_domain=motion"]
-    small = ["steps=1", "batch_size=2", "projector=weighted", "mixed_precision=no", "videos=1"]
+    small = ["steps=1", "batch_size=2", "projector=weighted", "mixed_precision=no", "videos=2"]
     small += ["model.steps=1"]
     assert cli.run([*run, *small, f"hydra.run.dir={tmp_path}/run"]) == 0
     told = json.loads((tmp_path / "run" / "evaluation-wan.json").read_text())
     assert sorted(told["domains"]) == ["composite", "motion"]
-    (video,) = json.loads((tmp_path / "run" / "videos-wan.json").read_text())["target alone"]
-    assert set(video) == {"psnr", "latent"}  # captions of any world cannot be read back
+    videos = json.loads((tmp_path / "run" / "videos-wan.json").read_text())["target alone"]
+    assert all(set(video) == {"psnr", "latent"} for video in videos)  # captions of any world
     data = ["data=latents", f"data.path={tmp_path}/run/clips.safetensors", "data.wan_domain=motion"]
     assert cli.run(["bridge-train", *data, *small, f"hydra.run.dir={tmp_path}/again"]) == 0
     again = json.loads((tmp_path / "again" / "evaluation-wan.json").read_text())

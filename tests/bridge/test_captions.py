@@ -15,6 +15,8 @@ from ditcache.clips.edits import DOMAINS, draw_clip
         ("the star moves up and becomes a circle", (None, "circle", "up")),
         ("the cross becomes an orange square", ("orange", "square", None)),
         ("a white circle moves right over a green background", ("white", "circle", "right")),
+        ("on a blue background, a red star moves left", ("red", "star", "left")),
+        ("the star on a striped blue background becomes yellow", ("yellow", "star", None)),
         ("something else entirely", (None, None, None)),
     ],
 )
