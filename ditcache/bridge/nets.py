@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 KeyValues = tuple[Tensor, Tensor]
 TIME_DIM = 256  # of the sinusoidal embedding of sigma
-SLICE = 2**17  # numbers per tensor, 512 KiB in fp32: a few such stay in a CPU's cache
+LARGE = 2**21  # numbers per tensor, 8 MiB in fp32, beyond which slices are faster on a CPU
+SLICE = 2**17  # numbers per tensor in a slice: a few such stay in a CPU's cache
 
 
 class Net(nn.Module):
@@ -57,11 +58,12 @@ class Net(nn.Module):
         return fused
 
     def tokens_at_once(self, target: Tensor) -> int:
-        """All of them where gradients are kept, and on a GPU. A CPU without gradients takes slices,
-        so that nothing on the way leaves its cache.
+        """All of them where they are few, where gradients are kept, and on a GPU. A CPU without
+        gradients takes slices, so that nothing on the way leaves its cache.
         """
         batch, tokens = target.shape[:2]
-        if not self.numbers or torch.is_grad_enabled() or target.device.type != "cpu":
+        plain = torch.is_grad_enabled() or target.device.type != "cpu"
+        if plain or batch * tokens * self.numbers <= LARGE:
             return tokens
         return max(1, SLICE // (batch * self.numbers))
 

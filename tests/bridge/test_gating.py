@@ -98,6 +98,7 @@ def draw(seed, dtype=torch.float64):
 @pytest.fixture
 def slices(monkeypatch):
     """Three tokens or fewer at a time, of seven."""
+    monkeypatch.setattr(nets, "LARGE", 0)
     monkeypatch.setattr(nets, "SLICE", 2 * 3 * SMALL.heads * 2 * SMALL.head_dim)
 
 
@@ -135,6 +136,15 @@ def test_closed_in_slices_as_well(spec, dtype, slices):
     with torch.no_grad():
         fused = net(LAYER, source, target, SIGMAS)
     assert all(torch.equal(x, own) for x, own in zip(fused, target, strict=True))
+
+
+def test_few_tokens_go_at_once():
+    spec = Gating()
+    net, heads = spec.make(SMALL, SMALL), SMALL.heads * spec.projector_hidden_dim
+    with torch.no_grad():
+        for tokens, sliced in ((nets.LARGE // heads, False), (nets.LARGE // heads + 1, True)):
+            count = net.tokens_at_once(torch.empty(1, tokens, SMALL.heads, SMALL.head_dim))
+            assert (count < tokens) == sliced
 
 
 def test_large_matrices_take_all_tokens_at_once(slices):
