@@ -20,6 +20,7 @@ from ditcache.bridge.controls_file import controls_path, save_controls
 from ditcache.bridge.evaluate import TARGET, Row, losses_of, measure_costs, untrained
 from ditcache.bridge.fingerprint import fingerprint
 from ditcache.bridge.pair import Pair, shift_of
+from ditcache.bridge.partner import model_option
 from ditcache.bridge.refuse import check_bundles, check_frames
 from ditcache.bridge.samples import Samples, save_samples
 from ditcache.bridge.sampling import Sampling
@@ -167,7 +168,7 @@ class Course:
         s = self.settings
         ends = {
             side: End(
-                model_option(self.bundles[side]),
+                model_option(self.bundles[side].model),
                 self.bundles[side].model.path,
                 fingerprint(transformer),
                 shape_of(transformer),
@@ -243,7 +244,7 @@ class Course:
         shift = shift_of(self.bundles[target].pipe.scheduler)
         sampling = Sampling(model.steps, model.shift or shift, model.guidance)
         with self.bar("rendering", 0) as tick:
-            found = judge_videos(
+            found, sheet = judge_videos(
                 pair,
                 self.bundles[target],
                 students,
@@ -257,7 +258,7 @@ class Course:
         if not found:
             print("videos: fewer than two clips are held out; none was rendered")
             return
-        write_videos(self.folder, target, found)
+        write_videos(self.folder, target, found, sheet)
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Any]:
@@ -289,15 +290,3 @@ def fresh_accelerator(mixed_precision: str, *, cpu: bool) -> Accelerator:
         mixed_precision = "no" if cpu else "bf16"
     AcceleratorState._reset_state()
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision)
-
-
-def model_option(bundle: Bundle) -> str:
-    """The option of conf/model whose weights these are, or the first that loads such a pipeline."""
-    from ditcache.cli import options
-    from ditcache.config import load_yaml
-
-    nodes = {name: load_yaml("model", name) for name in options("model")}
-    cls = f"{type(bundle.model).__module__}.{type(bundle.model).__qualname__}"
-    same = [name for name, node in nodes.items() if node.path == bundle.model.path]
-    kind = [name for name, node in nodes.items() if node._target_ == cls]
-    return (same or kind or ["wan"])[0]

@@ -11,11 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from ditcache.bridge.capture import shape_of
-from ditcache.bridge.course import Course, fresh_accelerator, model_option
+from ditcache.bridge.course import Course, fresh_accelerator
 from ditcache.bridge.fingerprint import fingerprint
 from ditcache.bridge.fusion import SIDES, Fusion
 from ditcache.bridge.generate import texts_of
 from ditcache.bridge.nets import Net
+from ditcache.bridge.partner import model_option
 from ditcache.bridge.projectors.base import Projector
 from ditcache.bridge.refuse import check_bundles, check_frames
 from ditcache.bridge.run import Bridge, Source
@@ -153,7 +154,7 @@ class WanChronoEditBridge:
         assert isinstance(node, DictConfig)
         for key in ("defaults", "hydra"):
             node.pop(key)
-        wan, chrono = (model_option(self.bundles[side]) for side in SIDES)
+        wan, chrono = (model_option(self.bundles[side].model) for side in SIDES)
         node.model = load_yaml("model", wan)
         node.model.path = self.bundles["wan"].model.path
         node.data = OmegaConf.merge(load_yaml("data", data), data_settings or {})
@@ -186,7 +187,7 @@ class WanChronoEditBridge:
         """One safetensors file, with what the projectors were trained between."""
         ends = {
             side: End(
-                model_option(bundle),
+                model_option(bundle.model),
                 bundle.model.path,
                 fingerprint(self.transformer(side)),
                 shape_of(self.transformer(side)),

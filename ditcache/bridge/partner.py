@@ -56,3 +56,14 @@ def check_two(model: Model, other: Model, num_frames: int, fusion: Fusion) -> No
             f"num_frames: {num_frames} is {latent_frames} latent frames, and ChronoEdit was "
             "trained on 2 or 8; use 5 or 29, or fusion.allow_out_of_range=true"
         )
+
+
+def model_option(model: Model) -> str:
+    """Its option of conf/model, or the first that loads such a pipeline."""
+    from ditcache.cli import options
+
+    nodes = {name: load_yaml("model", name) for name in options("model")}
+    cls = f"{type(model).__module__}.{type(model).__qualname__}"
+    same = [name for name, node in nodes.items() if node.path == model.path]
+    kind = [name for name, node in nodes.items() if node._target_ == cls]
+    return (same or kind or ["wan"])[0]

@@ -12,6 +12,7 @@ import numpy as np
 
 from ditcache.bridge.data.base import SPLITS, Data
 from ditcache.bridge.data.zoo import ZooData
+from ditcache.bridge.evaluate import SOURCE, TARGET
 from ditcache.bridge.fusion import Fusion
 from ditcache.bridge.pair import Pair
 from ditcache.bridge.sampling import Sampling, sampled
@@ -21,12 +22,16 @@ from ditcache.clips.edits import DOMAINS, Clip, draw_clip
 from ditcache.metrics.psnr import psnr
 from ditcache.models.base import Bundle
 from ditcache.pipeline.denoise import decode_latents
+from ditcache.report.pictures import sample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 COMPOSITE = "composite"
 QUALITIES = ("colour", "shape", "direction")
+FEW = 4  # clips to look at
+SHOWN = (TARGET, SOURCE, "0|bridge", "0|router", "0|lora")
+Strips = tuple[str, list[tuple[str, np.ndarray]]]
 
 
 @dataclass
@@ -59,10 +64,11 @@ def judge_videos(
     count: int,
     autocast: Any,
     on_part: Callable[[], None],
-) -> dict[str, list[Score]]:
+) -> tuple[dict[str, list[Score]], list[Strips]]:
     """Student -> one entry per clip, of composite clips where there are two or more; empty where
     there are fewer than two clips in all. The clips are those that the losses are judged on; all
-    students start from the same noise. bundle: the target's.
+    students start from the same noise. bundle: the target's. And some frames to look at, of the
+    first few clips: their caption, and by student those of SHOWN.
     """
     rows = pair.samples.rows("test")
     if COMPOSITE in pair.samples.domains:
@@ -70,14 +76,18 @@ def judge_videos(
         rows = both if len(both) > 1 else rows
     rows = rows[:count]
     if len(rows) < 2:  # a shuffled source would be the clip's own
-        return {}
+        return {}, []
     latents = sampled(pair, students, rows, fusion, sampling, autocast, on_part)
     truth = [pair.samples.latents[row][None].float() for row in rows.tolist()]
     clips = [decode_latents(bundle, one) for one in truth]
     scenes: list[Clip | None] = [None] * len(rows)
     if isinstance(data, ZooData):
         scenes = [zoo_clip(data, index) for index in range(len(rows))]
-    found = {}
+    found: dict[str, list[Score]] = {}
+    sheet: list[Strips] = [
+        (f"clip {n}" if scene is None else scene.scene.caption, [("the clip", sample(clip))])
+        for n, (scene, clip) in enumerate(zip(scenes[:FEW], clips[:FEW], strict=True))
+    ]
     for name, made in latents.items():
         videos = [decode_latents(bundle, one[None]) for one in made]
         found[name] = [
@@ -86,7 +96,10 @@ def judge_videos(
                 made, truth, clips, videos, scenes, strict=True
             )
         ]
-    return found
+        if name in SHOWN:
+            for (_, strips), video in zip(sheet, videos[:FEW], strict=True):
+                strips.append((name, sample(video)))
+    return found, sheet
 
 
 def zoo_clip(data: ZooData, index: int) -> Clip:

@@ -10,13 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ditcache.files import complete_file
+from ditcache.report.pictures import contact_sheet
 from ditcache.report.run_folder import command_line, versions, write_json, write_jsonl, write_text
+from ditcache.video import write_png
 
 if TYPE_CHECKING:
     from ditcache.bridge.evaluate import Row
     from ditcache.bridge.train import History
     from ditcache.bridge.verdict import Losses, Verdict
-    from ditcache.bridge.videos import Score
+    from ditcache.bridge.videos import Score, Strips
     from ditcache.commands.bridge_train import BridgeTrainSettings
 
 NAMES = {
@@ -130,10 +132,14 @@ def write_bridge_report(
             console.print(f"   {line}")
 
 
-def write_videos(folder: Path, target: str, found: Mapping[str, Sequence[Score]]) -> None:
+def write_videos(
+    folder: Path, target: str, found: Mapping[str, Sequence[Score]], sheet: Sequence[Strips]
+) -> None:
     """videos-<target>.json and .md, and the same on the terminal: means over clips, and over the
-    training runs of one method, with the standard error over clips.
+    training runs of one method, with the standard error over clips. videos-<target>.png: the sheet.
     """
+    named = [(text, [(label_of(n), frames) for n, frames in strips]) for text, strips in sheet]
+    write_png(folder / f"videos-{target}.png", contact_sheet(named, 1))
     scores = {name: [one.numbers for one in videos] for name, videos in found.items()}
     write_json(folder / f"videos-{target}.json", scores)
     groups: dict[str, list[list[dict[str, float]]]] = {}

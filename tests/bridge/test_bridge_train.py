@@ -433,6 +433,7 @@ def test_bridge_train_from_the_command_line(tmp_path, capsys):
     scores = {"colour", "shape", "direction", "all", "psnr", "latent"}
     assert all(set(one) == scores for found in videos.values() for one in found)
     assert videos["0|shuffled"] != videos["0|bridge"]
+    assert {"videos-wan.md", "videos-wan.png", "controls-wan.safetensors"} <= names
     assert all(row["cost"] > 0 for row in told["rows"].values())
     assert told["domains"] == [d for d in DOMAINS for _ in range(2)]
     assert set(told["verdict"]) == {"P1", "P2", "P3"}
