@@ -1,4 +1,5 @@
-"""Puts a bridge that bridge-train has made into the package, with its controls, in half precision.
+"""Puts a bridge that bridge-train has made into the package, in half precision, with its verdict
+and its controls but for the LoRA, which is as large as the bridge.
 
     python scripts/embed_bridge.py outputs/bridge-train/<run> --name chrono_to_wan
 
@@ -8,7 +9,9 @@ Half of the bytes for 1e-3 of relative rounding; everything computes in single p
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -27,23 +30,29 @@ def main() -> None:
     bridge = locate(arguments.run)
     (side,) = read_header(bridge).ways
     embedded = ZOO / f"{arguments.name}.safetensors"
-    halved(bridge, embedded, {})
-    print(f"{embedded}: {embedded.stat().st_size:,} bytes")
+    about, tensors = read(bridge)
+    write(embedded, about, tensors)
     controls = controls_path(bridge, side)
     if controls.is_file():
+        about, tensors = read(controls)
+        about["bridge"] = sha256_of(embedded)
+        about["settings"].pop("lora", None)
+        kept = {name: x for name, x in tensors.items() if not name.startswith("lora.")}
         copy = controls_path(embedded, side)
         copy.parent.mkdir(exist_ok=True)
-        halved(controls, copy, {"bridge": sha256_of(embedded)})
-        print(f"{copy}: {copy.stat().st_size:,} bytes")
+        write(copy, about, kept or {"nothing": torch.zeros(1)})
 
 
-def halved(path: Path, copy: Path, changes: dict[str, str]) -> None:
-    """The file with half-precision tensors; changes: to what it says of itself."""
+def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["ditcache"])
-        tensors = {name: file.get_tensor(name).half() for name in sorted(file.keys())}
-    with complete_file(copy) as partial:
-        save_file(tensors, partial, {"ditcache": json.dumps(about | changes)})
+        tensors = {name: file.get_tensor(name).half() for name in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()["ditcache"]), tensors
+
+
+def write(path: Path, about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    with complete_file(path) as partial:
+        save_file(tensors, partial, {"ditcache": json.dumps(about)})
+    print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ditcache.bridge.controls import Alone
-from ditcache.bridge.controls_file import controls_path, load_controls
+from ditcache.bridge.controls_file import MIXED, TRAINED, controls_path, load_controls
 from ditcache.bridge.mix import Mix
 from ditcache.bridge.nets import Net
 from ditcache.bridge.partner import side_of
@@ -144,16 +144,16 @@ class Bridging:
             self.notes.append("A source of two frames by itself, or mixed in, is no whole video.")
             return
         self.students = {SOURCE: Alone(source=True)}
-        known: list[str] = []
         if wire.path is not None:
             path = controls_path(wire.path, side_of(self.target.model))
             found, known = load_controls(path, wire.path, target, source)
             self.students |= found
             self.notes += [f"bridge-train found: {sentence}" for sentence in known]
-        if not known:
+        missing = [name for name in (*MIXED, *TRAINED.values()) if name not in self.students]
+        if missing:
             self.notes.append(
-                "Not compared with a router, a LoRA or mixes of outputs and weights: bridge-train "
-                "evaluate=true trains and picks them, and keeps them beside the bridge."
+                f"Not compared with {', '.join(missing)}: bridge-train evaluate=true picks and "
+                "trains them, and keeps them beside the bridge."
             )
         if self.target.model.offload != "none":
             self.students.pop("weight average", None)  # it changes weights where they are
