@@ -138,7 +138,10 @@ def write_videos(
     """videos-<target>.json and .md, and the same on the terminal: means over clips, and over the
     training runs of one method, with the standard error over clips. videos-<target>.png: the sheet.
     """
-    named = [(text, [(label_of(n), frames) for n, frames in strips]) for text, strips in sheet]
+    named = [
+        (caption, [(label_of(name).removeprefix("control: "), frames) for name, frames in strips])
+        for caption, strips in sheet
+    ]
     write_png(folder / f"videos-{target}.png", contact_sheet(named, 1))
     scores = {name: [one.numbers for one in videos] for name, videos in found.items()}
     write_json(folder / f"videos-{target}.json", scores)
