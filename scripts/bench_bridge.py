@@ -33,6 +33,7 @@ from ditcache.bridge.projectors.full import Full
 from ditcache.bridge.projectors.gating import Gating
 from ditcache.bridge.projectors.weighted import Weighted
 from ditcache.bridge.run import Bridge, Source
+from ditcache.bridge.sampling import Sampling
 from ditcache.bridge.saved import load_net, locate, read_header
 from ditcache.store.device import DeviceStore
 
@@ -69,18 +70,13 @@ def main() -> None:
     pair = Pair(samples, transformers, target, source)
     net = load_net(path, header, target, pair.source, pair.target)
     rows = samples.rows("test", "composite")[: arguments.clips]
-    sigmas = shifted(arguments.steps, arguments.shift)
+    sigmas = Sampling(arguments.steps, arguments.shift, guidance=1.0).sigmas
     with pair.opened():
         table = sweep(pair, net, rows, sigmas, f"{source}_to_{target}")
     table.title = (
         f"{path.stem}: {arguments.steps} steps, shift {arguments.shift:g}, {len(rows)} clips"
     )
     Console(width=130).print(table)
-
-
-def shifted(steps: int, shift: float) -> list[float]:
-    """1 to 0, one more than steps."""
-    return [shift * s / (1 + (shift - 1) * s) for s in np.linspace(1, 0, steps + 1).tolist()]
 
 
 @torch.no_grad()

@@ -20,11 +20,10 @@ from ditcache.bridge.controls_file import controls_path, save_controls
 from ditcache.bridge.evaluate import TARGET, Row, losses_of, measure_costs, untrained
 from ditcache.bridge.fingerprint import fingerprint
 from ditcache.bridge.pair import Pair, shift_of
-from ditcache.bridge.partner import model_option
 from ditcache.bridge.refuse import check_bundles, check_frames
 from ditcache.bridge.samples import Samples, save_samples
 from ditcache.bridge.sampling import Sampling
-from ditcache.bridge.saved import End, Header, save_bridge
+from ditcache.bridge.saved import Header, end_of, save_bridge
 from ditcache.bridge.students import Bridged, LowRankUpdate, Router, Student
 from ditcache.bridge.train import History, Recipe, train
 from ditcache.bridge.verdict import Losses, judge
@@ -166,15 +165,7 @@ class Course:
         if not self.accelerator.is_main_process:
             return
         s = self.settings
-        ends = {
-            side: End(
-                model_option(self.bundles[side].model),
-                self.bundles[side].model.path,
-                fingerprint(transformer),
-                shape_of(transformer),
-            )
-            for side, transformer in self.transformers.items()
-        }
+        ends = {side: end_of(bundle) for side, bundle in self.bundles.items()}
         header = Header(ends, tuple(way for way, _ in self.ways), s.projector, s.steps)
         path = self.folder / "bridge.safetensors"
         save_bridge(path, header, self.nets)

@@ -12,7 +12,6 @@ from PIL import Image
 
 from ditcache.bridge.capture import shape_of
 from ditcache.bridge.course import Course, fresh_accelerator
-from ditcache.bridge.fingerprint import fingerprint
 from ditcache.bridge.fusion import SIDES, Fusion
 from ditcache.bridge.generate import texts_of
 from ditcache.bridge.nets import Net
@@ -20,7 +19,7 @@ from ditcache.bridge.partner import model_option
 from ditcache.bridge.projectors.base import Projector
 from ditcache.bridge.refuse import check_bundles, check_frames
 from ditcache.bridge.run import Bridge, Source
-from ditcache.bridge.saved import End, Header, load_net, locate, read_header, save_bridge
+from ditcache.bridge.saved import Header, end_of, load_net, locate, read_header, save_bridge
 from ditcache.cli import conf_dir
 from ditcache.config import build, load_yaml
 from ditcache.errors import ConfigError, DitcacheError, one_of
@@ -185,15 +184,7 @@ class WanChronoEditBridge:
 
     def save_projectors(self, path: str | Path) -> None:
         """One safetensors file, with what the projectors were trained between."""
-        ends = {
-            side: End(
-                model_option(bundle.model),
-                bundle.model.path,
-                fingerprint(self.transformer(side)),
-                shape_of(self.transformer(side)),
-            )
-            for side, bundle in self.bundles.items()
-        }
+        ends = {side: end_of(bundle) for side, bundle in self.bundles.items()}
         header = Header(ends, tuple(self.nets), self.projector, self.steps_trained)
         save_bridge(Path(path), header, self.nets)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,11 +67,8 @@ class MixHook(ModelHook):
         for role in mix.student.asks(float(seen.timestep[0]) / 1000):
             if role == "source":
                 mix.forwards += 1
-                source = mix.source
-                theirs = replace(seen, text=source.texts[branch], image=source.image)
-                dtype = next(source.transformer.parameters()).dtype
-                theirs.latents = theirs.latents.to(dtype)
-                velocities[role] = theirs.call(source.transformer).to(seen.latents)
+                theirs = mix.source.reads(seen, branch)
+                velocities[role] = theirs.call(mix.source.transformer).to(seen.latents)
             else:
                 mix.own += 1
                 velocities[role] = self.fn_ref.original_forward(*args, **kwargs)[0]

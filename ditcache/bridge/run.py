@@ -41,6 +41,16 @@ class Source:
     image: Tensor | None = None
     condition: Tensor | None = None
 
+    def reads(self, seen: Seen, branch: str) -> Seen:
+        """The target's inputs, with the source's own reading of caption and picture."""
+        latents = seen.latents.to(next(self.transformer.parameters()).dtype)
+        if self.condition is not None:
+            noisy, condition = latents[:, : -self.condition.shape[1]], self.condition
+            if condition.shape[2] > noisy.shape[2]:  # ChronoEdit has dropped its reasoning frames
+                condition = condition[:, :, [0, -1]]
+            latents = torch.cat([noisy, condition.to(latents)], 1)
+        return Seen(latents, seen.timestep, self.texts[branch], self.image)
+
 
 class Bridge:
     """One target's sources during one generation.
@@ -155,17 +165,11 @@ class Bridge:
         return self.readers[key]
 
     def seen_by(self, source: Source, call: Call) -> Seen:
-        """The call's inputs, with the source's own reading of caption and picture."""
-        dtype = next(source.transformer.parameters()).dtype
-        latents = call.seen.latents.to(dtype)
-        if source.condition is not None:
-            noisy, condition = latents[:, : -source.condition.shape[1]], source.condition
-            if condition.shape[2] > noisy.shape[2]:  # ChronoEdit has dropped its reasoning frames
-                condition = condition[:, :, [0, -1]]
-            latents = torch.cat([noisy, condition.to(latents)], 1)
-        if ends(self.fusion) and latents.shape[2] > 2:
-            latents = latents[:, :, [0, -1]]
-        return Seen(latents, call.seen.timestep, source.texts[call.reads], source.image)
+        """The call's inputs, as the source is shown them."""
+        seen = source.reads(call.seen, call.reads)
+        if ends(self.fusion) and seen.latents.shape[2] > 2:
+            seen.latents = seen.latents[:, :, [0, -1]]
+        return seen
 
 
 @dataclass

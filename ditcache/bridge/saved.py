@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from ditcache.bridge.partner import model_option
 from ditcache.bridge.projectors.base import Projector, Shape
 from ditcache.config import build
 from ditcache.errors import ConfigError, DitcacheError, first_line
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ditcache.bridge.nets import Net
+    from ditcache.models.base import Bundle
 
 FORMAT = "ditcache bridge 1"
 ZOO = Path(__file__).parent.parent / "zoo" / "bridges"  # trained between embedded models
@@ -37,6 +39,15 @@ class End:
     path: str
     fingerprint: str
     shape: Shape
+
+
+def end_of(bundle: Bundle) -> End:
+    """A loaded model's."""
+    from ditcache.bridge.capture import shape_of
+    from ditcache.bridge.fingerprint import fingerprint
+
+    model, transformer = bundle.model, bundle.pipe.transformer
+    return End(model_option(model), model.path, fingerprint(transformer), shape_of(transformer))
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,15 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
         raise ValueError(f"paired: needs equal numbers of clips, got {len(first)}, {len(second)}")
     differences = [a - b for a, b in zip(first, second, strict=True)]
     mean = sum(differences) / len(differences)
-    variance = sum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
-    return Difference(mean, math.sqrt(variance / len(differences)))
+    return Difference(mean, deviation(differences) / math.sqrt(len(differences)))
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation of two or more; not a number where one of them is none, at which
+    `statistics.stdev` raises.
+    """
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
 
 
 @dataclass(frozen=True)

@@ -41,5 +41,8 @@ def shown(frames: np.ndarray) -> dict[str, str]:
 
 def obeyed(caption: str, frames: np.ndarray) -> bool | None:
     """Whether all that the caption asks for is shown; None where it asks for nothing of this."""
-    wanted, found = asked(caption), shown(frames)
-    return all(found[name] == word for name, word in wanted.items()) if wanted else None
+    wanted = asked(caption)
+    if not wanted:
+        return None
+    found = shown(frames)
+    return all(found[name] == word for name, word in wanted.items())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ditcache.bridge.verdict import deviation
 from ditcache.files import complete_file
 from ditcache.report.pictures import contact_sheet
 from ditcache.report.run_folder import command_line, versions, write_json, write_jsonl, write_text
@@ -116,9 +118,7 @@ def write_bridge_report(
             },
         },
     )
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in body]
-    lines.append("")
+    lines = [*table_lines(head, body), ""]
     for v in verdicts:
         lines += [f"- **{v.name} {v.word}**: {v.question}", *(f"  - {line}" for line in v.lines)]
     write_text(folder / f"evaluation-{target}.md", "\n".join(lines) + "\n")
@@ -154,25 +154,24 @@ def write_videos(
     for label, members in groups.items():
         cells = [label]
         for column in columns:
-            per_clip = [
-                sum(videos[i][column] for videos in members) / len(members)
-                for i in range(len(members[0]))
-            ]
+            per_clip = [fmean(run[column] for run in runs) for runs in zip(*members, strict=True)]
             cells.append(with_error(column, per_clip))
         body.append(cells)
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in body]
-    write_text(folder / f"videos-{target}.md", "\n".join(lines) + "\n")
+    write_text(folder / f"videos-{target}.md", "\n".join(table_lines(titles, body)) + "\n")
     count = len(next(iter(scores.values())))
     print_table(f"{count} held-out clips rendered whole into {target}", titles, body)
 
 
 def with_error(column: str, values: Sequence[float]) -> str:
-    mean = sum(values) / len(values)
-    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    error = (variance / len(values)) ** 0.5
+    mean, error = fmean(values), deviation(values) / len(values) ** 0.5
     style = {"latent": ".3f", "psnr": ".1f"}.get(column, ".0%")
     return f"{mean:{style}} ± {error:{style}}"
+
+
+def table_lines(head: Sequence[str], body: Sequence[Cells]) -> list[str]:
+    """Markdown."""
+    rows = ["| " + " | ".join(cells) + " |" for cells in (head, *body)]
+    return [rows[0], "|" + "---|" * len(head), *rows[1:]]
 
 
 def print_table(title: str, head: Sequence[str], body: Sequence[Cells]) -> None:
@@ -215,8 +214,6 @@ def table_of(
 
 
 def with_spread(values: Sequence[float]) -> str:
-    mean = sum(values) / len(values)
     if len(values) < 2:
-        return f"{mean:.4f}"
-    spread = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
-    return f"{mean:.4f} ± {spread:.4f}"
+        return f"{fmean(values):.4f}"
+    return f"{fmean(values):.4f} ± {deviation(values):.4f}"

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from ditcache.bridge.verdict import Difference, Verdict, paired
+from ditcache.bridge.verdict import Difference, Verdict, deviation, paired
 from ditcache.report.bridge import with_spread
 from ditcache.report.jobs import read_reports, setting_of, write_csv
 from ditcache.report.markdown import plain, table
@@ -163,7 +163,7 @@ def csv_of(
         for name in (*domains, "mean"):
             runs = line.losses.get(name)
             row[name] = fmean(runs) if runs else None
-            row[f"{name}_spread"] = stdev(runs) if runs and len(runs) > 1 else None
+            row[f"{name}_spread"] = deviation(runs) if runs and len(runs) > 1 else None
         row["composite_difference"] = line.composite.mean if line.composite else None
         row["composite_error"] = line.composite.error if line.composite else None
         row["cost"] = line.cost

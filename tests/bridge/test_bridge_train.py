@@ -24,7 +24,7 @@ from ditcache.bridge.saved import End, Header, load_net, read_header, save_bridg
 from ditcache.bridge.short_text import short_text
 from ditcache.bridge.students import Bridged, LowRankUpdate, Router
 from ditcache.bridge.train import Recipe, train
-from ditcache.bridge.verdict import Losses, judge, paired
+from ditcache.bridge.verdict import Losses, deviation, judge, paired
 from ditcache.clips.edits import draw_clip
 from ditcache.errors import ConfigError, DitcacheError
 from ditcache.video import write_mp4
@@ -341,6 +341,11 @@ def test_paired_differences():
     assert noisy.mean == -0.25 and noisy.error == pytest.approx(0.75) and not noisy.better
     with pytest.raises(ValueError, match="equal numbers of clips"):
         paired([1.0], [1.0, 2.0])
+
+
+def test_the_deviation_of_what_is_no_number_is_none_either():
+    assert deviation([1.0, 3.0]) == pytest.approx(2**0.5)
+    assert np.isnan(deviation([float("nan"), 1.0])) and np.isnan(deviation([float("inf"), 1.0]))
 
 
 def losses(bridge=0.0, self_=0.0, shuffled=0.0, router=0.0, lora=0.0, seed=0):
